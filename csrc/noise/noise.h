@@ -25,35 +25,40 @@ constexpr int kTileBlocks = 16;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
+// A table that device code can copy into a local constant; it cannot refer to an array at namespace scope.
+template <int N>
+struct Coefficients {
+  float value[N];
+  ESSA_HD constexpr float operator[](int i) const { return value[i]; }
+};
+
 // ln(1+f) = f - f^2/2 + f^3 P(f) on [sqrt(1/2)-1, sqrt(2)-1], stored as -2 P: relative error 0.5 * 2^-24.
 // sin(pi/2 t) = t S(t^2), cos(pi/2 t) = 1 + t^2 C(t^2) on |t| <= 1/2: 0.05 and 0.001 * 2^-24.
-constexpr float kLn[7] = {-0x1.5556d8p-1f, 0x1.000382p-1f,  -0x1.98d7f2p-2f, 0x1.53824ap-2f,
-                          -0x1.317456p-2f, 0x1.2432b8p-2f, -0x1.645eaep-3f};
+constexpr Coefficients<7> kLn = {{-0x1.5556d8p-1f, 0x1.000382p-1f, -0x1.98d7f2p-2f, 0x1.53824ap-2f,
+                                  -0x1.317456p-2f, 0x1.2432b8p-2f, -0x1.645eaep-3f}};
 constexpr float kMinus2Ln2 = -0x1.62e430p+0f;
-constexpr float kSin[4] = {0x1.921fb6p+0f, -0x1.4abbbap-1f, 0x1.465e92p-4f, -0x1.2d9302p-8f};
-constexpr float kCos[4] = {-0x1.3bd3ccp+0f, 0x1.03c1dep-2f, -0x1.55c5e0p-6f, 0x1.d9d57ep-11f};
+constexpr Coefficients<4> kSin = {{0x1.921fb6p+0f, -0x1.4abbbap-1f, 0x1.465e92p-4f, -0x1.2d9302p-8f}};
+constexpr Coefficients<4> kCos = {{-0x1.3bd3ccp+0f, 0x1.03c1dep-2f, -0x1.55c5e0p-6f, 0x1.d9d57ep-11f}};
 constexpr uint32_t kSqrtHalfBits = 0x3f3504f3u;
 
 struct Key {
   uint32_t k0, k1;  // seed, low word first
   uint32_t site, pair, generation;
-  uint32_t c1(uint32_t tag) const { return site | (tag << 30); }
+  ESSA_HD uint32_t c1(uint32_t tag) const { return site | (tag << 30); }
 };
 
 struct Words {
   uint32_t w[4];
 };
 
-ESSA_HD uint32_t mulhi(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
-
 ESSA_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
-    const uint32_t h0 = mulhi(kPhiloxM0, c0), l0 = kPhiloxM0 * c0;
-    const uint32_t h1 = mulhi(kPhiloxM1, c2), l1 = kPhiloxM1 * c2;
-    c0 = h1 ^ c1 ^ k0;
-    c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
-    c3 = l0;
+    const uint64_t product0 = (uint64_t)kPhiloxM0 * c0;
+    const uint64_t product1 = (uint64_t)kPhiloxM1 * c2;
+    c0 = (uint32_t)(product1 >> 32) ^ c1 ^ k0;
+    c1 = (uint32_t)product1;
+    c2 = (uint32_t)(product0 >> 32) ^ c3 ^ k1;
+    c3 = (uint32_t)product0;
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
@@ -94,22 +99,24 @@ ESSA_HD uint32_t float_to_bits(float value) {
 
 // Two words to two normals. z0 belongs to the element of word x0, z1 to that of x1.
 ESSA_HD void box_muller(uint32_t x0, uint32_t x1, float& z0, float& z1) {
+  constexpr auto ln = kLn;
+  constexpr auto sine = kSin, cosine = kCos;
   // u in [2^-32, 1]
   const float u = fma_rn((float)(int32_t)(x0 >> 1), 0x1p-31f, 0x1p-32f);
   const uint32_t shifted = float_to_bits(u) - kSqrtHalfBits;
   const float e = (float)((int32_t)shifted >> 23);
   const float f = bits_to_float((shifted & 0x007fffffu) + kSqrtHalfBits) - 1.0f;  // exact
-  float p = kLn[6];
-  for (int i = 5; i >= 0; --i) p = fma_rn(p, f, kLn[i]);
+  float p = ln[6];
+  for (int i = 5; i >= 0; --i) p = fma_rn(p, f, ln[i]);
   const float minus2_ln_m = fma_rn(mul_rn(f, f), fma_rn(f, p, 1.0f), mul_rn(f, -2.0f));
   const float radius = sqrt_rn(fma_rn(e, kMinus2Ln2, minus2_ln_m));
 
   // The angle: an odd 30-bit integer in units of 2^-30 quarter turns, so |t| < 1/2; two low bits pick the octants.
   const float t = mul_rn((float)(int32_t)(((int32_t)x1 >> 2) | 1), 0x1p-30f);
   const float tt = mul_rn(t, t);
-  float s = kSin[3], c = kCos[3];
-  for (int i = 2; i >= 0; --i) s = fma_rn(s, tt, kSin[i]);
-  for (int i = 2; i >= 0; --i) c = fma_rn(c, tt, kCos[i]);
+  float s = sine[3], c = cosine[3];
+  for (int i = 2; i >= 0; --i) s = fma_rn(s, tt, sine[i]);
+  for (int i = 2; i >= 0; --i) c = fma_rn(c, tt, cosine[i]);
   s = mul_rn(s, t);
   c = fma_rn(c, tt, 1.0f);
   const uint32_t sign = x1 << 31;
