@@ -1,0 +1,25 @@
+"""Kernels that run a population of perturbed language models as one batched forward pass.
+
+A member's noise is a pure function of a key and is drawn where it is used, never stored. Every op has one contract and
+several implementations; `explain` says which of them serves you here.
+"""
+
+from __future__ import annotations
+
+from .dispatch import explain
+from .env import env_report
+from .noise import NOISE_VERSION, NoiseKey
+from .ops.noise import gaussian, rademacher
+from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_shrink
+
+__all__ = [
+    "NOISE_VERSION",
+    "NoiseKey",
+    "env_report",
+    "explain",
+    "gaussian",
+    "rademacher",
+    "svd_lora",
+    "svd_lora_expand_",
+    "svd_lora_shrink",
+]
