@@ -1,0 +1,94 @@
+// Gaussian and Rademacher fills. The element layout puts the 16 blocks of a tile side by side, so that each word of W
+// lanes is one contiguous store.
+#include "kernels.h"
+#include "noise_simd.h"
+
+namespace essa {
+namespace cpu {
+namespace ESSA_ISA {
+namespace {
+
+template <bool Stream>
+ESSA_INLINE void put(float* p, vf a) {
+  if (Stream) stream(p, a);
+  else store(p, a);
+}
+
+void gaussian_tile(const Philox& philox, uint32_t first_block, vi flip, float* out) {
+#pragma GCC unroll 4
+  for (int lane = 0; lane < noise::kTileBlocks; lane += W) {
+    const WordVectors x = Philox::words(philox, first_block + lane);
+    vf z[4];
+    box_muller(x.w[0], x.w[1], flip, z[0], z[1]);
+    box_muller(x.w[2], x.w[3], flip, z[2], z[3]);
+    for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
+  }
+}
+
+// one: +1 or -1 in every lane; a set bit flips it
+template <bool Stream>
+void rademacher_tile(const Philox& philox, uint32_t first_block, vi one, float* out) {
+  constexpr int kVectors = 16 / W;
+  vi words[4][kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const WordVectors x = Philox::words(philox, first_block + v * W);
+    for (int word = 0; word < 4; ++word) words[word][v] = x.w[word];
+  }
+  const vi sign = seti(0x80000000u);
+  for (int bit = 0; bit < 32; ++bit, out += 64) {
+#pragma GCC unroll 16
+    for (int word = 0; word < 4; ++word) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        vi& w = words[word][v];
+        put<Stream>(out + word * 16 + v * W, as_float(xori(andi(w, sign), one)));
+        w = addi(w, w);
+      }
+    }
+  }
+}
+
+// Calls tile(block, destination) for each tile of [first, last); a row's ragged last tile goes through a buffer.
+template <int Tile, class Fill>
+ESSA_INLINE void for_each_tile(const NoiseArgs& args, int64_t first, int64_t last, Fill fill) {
+  alignas(64) float buffer[Tile];
+  const int64_t per_row = noise::tiles_per_row(args.cols, Tile);
+  int64_t row = first / per_row, column = (first % per_row) * Tile;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const uint32_t block = (uint32_t)(tile * noise::kTileBlocks);
+    float* out = args.out + row * args.cols + column;
+    const int64_t left = args.cols - column;
+    if (left >= Tile) {
+      fill(block, out);
+    } else {
+      fill(block, buffer);
+      __builtin_memcpy(out, buffer, left * sizeof(float));
+    }
+    column += Tile;
+    if (column >= args.cols) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+}  // namespace
+
+void gaussian(const NoiseArgs& args, int64_t first, int64_t last) {
+  const Philox philox(args.key, noise::kGaussian);
+  const vi flip = seti(args.negate ? 0x80000000u : 0u);
+  for_each_tile<noise::kGaussianTile>(
+      args, first, last, [&](uint32_t block, float* out) { gaussian_tile(philox, block, flip, out); });
+}
+
+void rademacher(const NoiseArgs& args, int64_t first, int64_t last) {
+  const Philox philox(args.key, noise::kRademacher);
+  const vi one = seti(args.negate ? 0xbf800000u : 0x3f800000u);
+  for_each_tile<noise::kRademacherTile>(args, first, last, [&](uint32_t block, float* out) {
+    rademacher_tile<false>(philox, block, one, out);
+  });
+}
+
+}  // namespace ESSA_ISA
+}  // namespace cpu
+}  // namespace essa
