@@ -1,0 +1,29 @@
+// What csrc/cuda offers to the bindings. Pointers and streams are device addresses as integers, strides count elements,
+// dtype is 0 float32, 1 bfloat16, 2 float16. Every function launches on `stream` of the device that holds the result,
+// allocates nothing, never waits, and may be captured in a CUDA graph. A CUDA failure is thrown as std::runtime_error.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace essa {
+namespace cuda {
+
+void gaussian(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t generation, uint32_t site,
+              uint64_t member, uintptr_t stream);
+void rademacher(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t generation, uint32_t site,
+                uint64_t member, uintptr_t stream);
+
+void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
+              uintptr_t u_b, uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members,
+              int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b, int dtype, uintptr_t stream);
+void svd_lora_shrink(uintptr_t h, int64_t h_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
+                     uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in,
+                     int64_t r_a, int64_t r_b, int dtype, uintptr_t stream);
+void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b, int64_t rows,
+                     int64_t d_out, int64_t r_b, int dtype, uintptr_t stream);
+
+// Driver, devices and their compute capability in words, or the plain reason why there is none. Never throws.
+std::string device_report();
+
+}  // namespace cuda
+}  // namespace essa
