@@ -1,0 +1,239 @@
+// svd_lora on the device: the hardware's Block, the kernels, and the choice of grid. The arithmetic is in
+// svd_lora_block.h.
+#include <cooperative_groups.h>
+
+#include <limits>
+
+#include "essa_cuda.h"
+#include "launch.h"
+#include "svd_lora_block.h"
+
+namespace essa {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerProcessor = 2;    // decode grids fill the device once: registers matter more than occupancy
+constexpr int kMaxRows = 4;               // rows of x per block; 1 where the grid would leave the device idle
+constexpr int kMaxCluster = 8;            // the largest size every device with clusters can place
+constexpr size_t kSharedLimit = 48 << 10;  // available without asking the driver
+constexpr int kColumnsPerPass = kThreads * kColumnsPerThread;
+
+extern __shared__ float dynamic_shared[];
+
+// Blocks parts * i .. parts * i + parts - 1 share row block i. Where clusters exist they are one cluster ("inner").
+class DeviceBlock {
+ public:
+  __device__ explicit DeviceBlock(int parts) : parts_(parts) {}
+  __device__ int thread() const { return threadIdx.x; }
+  __device__ constexpr int threads() const { return kThreads; }
+  __device__ int64_t row_block() const { return blockIdx.x / parts_; }
+  __device__ int outer_part() const { return blockIdx.x % parts_; }
+  __device__ int outer_parts() const { return parts_; }
+  __device__ float* shared() const { return dynamic_shared; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ float warp_sum(float value) const {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      value += __shfl_xor_sync(0xffffffffu, value, distance);
+    return value;
+  }
+#if __CUDA_ARCH__ >= 900
+  __device__ int inner_part() const { return cooperative_groups::this_cluster().block_rank(); }
+  __device__ int inner_parts() const { return cooperative_groups::this_cluster().num_blocks(); }
+  __device__ const float* shared_of(int part) const {
+    return cooperative_groups::this_cluster().map_shared_rank(dynamic_shared, part);
+  }
+  __device__ void cluster_sync() const { cooperative_groups::this_cluster().sync(); }
+  __device__ void cluster_arrive() const { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+  __device__ void cluster_wait() const { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+#else
+  __device__ int inner_part() const { return 0; }
+  __device__ int inner_parts() const { return 1; }
+  __device__ const float* shared_of(int) const { return dynamic_shared; }
+  __device__ void cluster_sync() const { __syncthreads(); }
+  __device__ void cluster_arrive() const {}
+  __device__ void cluster_wait() const {}
+#endif
+
+ private:
+  int parts_;
+};
+
+template <int R, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+  svd_lora_block<R>(DeviceBlock(parts), p);
+}
+template <int R, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_shrink_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+  svd_lora_shrink_block<R>(DeviceBlock(parts), p);
+}
+template <int R, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_expand_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+  svd_lora_expand_block<R>(DeviceBlock(parts), p);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int narrow(int64_t value, const char* op, const char* name) {
+  if (value < 0 || value > std::numeric_limits<int>::max())
+    throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(value) +
+                                ", allowed are 0 .. 2147483647");
+  return (int)value;
+}
+
+bool aligned(uintptr_t pointer, size_t bytes) { return pointer % bytes == 0; }
+
+template <class T>
+using Kernel = void (*)(SvdLora<T>, int);
+
+struct Grid {
+  int rows_per_block, parts;
+  bool cluster;
+  size_t shared_bytes;
+};
+
+template <class T>
+void launch(const Grid& grid, Kernel<T> kernel, const SvdLora<T>& p, uintptr_t stream, const char* op) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)narrow(ceil_div(p.rows, grid.rows_per_block) * grid.parts, op, "rows"));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.parts;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, p, grid.parts);
+  if (status != cudaSuccess) cudaGetLastError();
+  check(status, op);
+}
+
+size_t shared_bytes(int rows_per_block, int r_a, int r_b) {
+  return sizeof(float) * (size_t)shared_layout(rows_per_block, r_a, r_b, kThreads / kWarp).total;
+}
+
+// With clusters, as many parts as leave each some work. Without, d_in is not split and only d_out can fill the device.
+Grid choose_grid(const OnDeviceOf& device, int64_t rows, int d_in, int d_out, int r_a, int r_b, const char* op) {
+  const int processors = device.attribute(cudaDevAttrMultiProcessorCount, op);
+  Grid grid = {};
+  grid.cluster = device.attribute(cudaDevAttrComputeCapabilityMajor, op) >= 9;
+  grid.parts = 1;
+  if (grid.cluster) {
+    const int longest = d_in > d_out ? d_in : d_out;
+    while (grid.parts < kMaxCluster && longest >= 256 * grid.parts) grid.parts *= 2;
+  } else if (d_out > 0) {
+    const int64_t wanted = ceil_div(2 * processors, ceil_div(rows, kMaxRows));
+    grid.parts = (int)(wanted < ceil_div(d_out, kColumnsPerPass) ? wanted : ceil_div(d_out, kColumnsPerPass));
+  }
+  const bool fills = ceil_div(rows, kMaxRows) * grid.parts * 2 > processors;
+  grid.rows_per_block = fills && shared_bytes(kMaxRows, r_a, r_b) <= kSharedLimit ? kMaxRows : 1;
+  grid.shared_bytes = shared_bytes(grid.rows_per_block, r_a, r_b);
+  if (grid.shared_bytes > kSharedLimit)
+    throw std::invalid_argument(std::string(op) + ": ranks r_a " + std::to_string(r_a) + " and r_b " +
+                                std::to_string(r_b) + " need " + std::to_string(grid.shared_bytes) +
+                                " bytes of shared memory, allowed are " + std::to_string(kSharedLimit));
+  return grid;
+}
+
+template <class T>
+void set_inputs(SvdLora<T>& p, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core, uintptr_t s_a,
+                uintptr_t s_b, uintptr_t offsets, int64_t members, int64_t d_in, int64_t r_a, const char* op) {
+  p.x = reinterpret_cast<const T*>(x);
+  p.x_stride = x_stride;
+  p.v_a = reinterpret_cast<const T*>(v_a);
+  p.core = reinterpret_cast<const float*>(core);
+  p.s_a = reinterpret_cast<const float*>(s_a);
+  p.s_b = reinterpret_cast<const float*>(s_b);
+  p.offsets = reinterpret_cast<const int64_t*>(offsets);
+  p.members = narrow(members, op, "members");
+  p.d_in = narrow(d_in, op, "d_in");
+  p.r_a = narrow(r_a, op, "r_a");
+  p.vector_inputs = aligned(x, 16) && aligned(v_a, 16) && x_stride * sizeof(T) % 16 == 0 && d_in * sizeof(T) % 16 == 0;
+}
+
+template <class T>
+void set_outputs(SvdLora<T>& p, uintptr_t y, int64_t y_stride, uintptr_t u_b, int64_t d_out, int64_t r_b,
+                 const char* op) {
+  p.y = reinterpret_cast<T*>(y);
+  p.y_stride = y_stride;
+  p.u_b = reinterpret_cast<const T*>(u_b);
+  p.d_out = narrow(d_out, op, "d_out");
+  p.r_b = narrow(r_b, op, "r_b");
+  p.vector_ranks = aligned(u_b, 16) && r_b * sizeof(T) % 16 == 0;
+  p.paired_columns = aligned(y, 2 * sizeof(T)) && y_stride % 2 == 0;
+}
+
+// Calls function(T()) with the type that dtype names.
+template <class Function>
+void with_type(int dtype, const char* op, const Function& function) {
+  if (dtype == 0) return function(float());
+  if (dtype == 1) return function(BFloat16());
+  if (dtype == 2) return function(Float16());
+  throw std::invalid_argument(std::string(op) + ": dtype is " + std::to_string(dtype) +
+                              ", allowed are 0 (float32), 1 (bfloat16), 2 (float16)");
+}
+
+}  // namespace
+
+void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
+              uintptr_t u_b, uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members,
+              int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b, int dtype, uintptr_t stream) {
+  if (rows == 0 || d_out == 0) return;
+  const OnDeviceOf device(y, "svd_lora");
+  with_type(dtype, "svd_lora", [&](auto tag) {
+    using T = decltype(tag);
+    SvdLora<T> p = {};
+    p.rows = rows;
+    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, "svd_lora");
+    set_outputs(p, y, y_stride, u_b, d_out, r_b, "svd_lora");
+    const Grid grid = choose_grid(device, rows, p.d_in, p.d_out, p.r_a, p.r_b, "svd_lora");
+    const Kernel<T> kernel = grid.rows_per_block == 1 ? svd_lora_kernel<1, T> : svd_lora_kernel<kMaxRows, T>;
+    launch(grid, kernel, p, stream, "svd_lora");
+  });
+}
+
+void svd_lora_shrink(uintptr_t h, int64_t h_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
+                     uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in,
+                     int64_t r_a, int64_t r_b, int dtype, uintptr_t stream) {
+  if (rows == 0 || r_b == 0) return;
+  const OnDeviceOf device(h, "svd_lora_shrink");
+  with_type(dtype, "svd_lora_shrink", [&](auto tag) {
+    using T = decltype(tag);
+    SvdLora<T> p = {};
+    p.rows = rows;
+    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, "svd_lora_shrink");
+    p.h = reinterpret_cast<float*>(h);
+    p.h_stride = h_stride;
+    p.r_b = narrow(r_b, "svd_lora_shrink", "r_b");
+    const Grid grid = choose_grid(device, rows, p.d_in, 0, p.r_a, p.r_b, "svd_lora_shrink");
+    const Kernel<T> kernel =
+        grid.rows_per_block == 1 ? svd_lora_shrink_kernel<1, T> : svd_lora_shrink_kernel<kMaxRows, T>;
+    launch(grid, kernel, p, stream, "svd_lora_shrink");
+  });
+}
+
+void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b, int64_t rows,
+                     int64_t d_out, int64_t r_b, int dtype, uintptr_t stream) {
+  if (rows == 0 || d_out == 0) return;
+  const OnDeviceOf device(y, "svd_lora_expand");
+  with_type(dtype, "svd_lora_expand", [&](auto tag) {
+    using T = decltype(tag);
+    SvdLora<T> p = {};
+    p.rows = rows;
+    p.h = reinterpret_cast<float*>(h);
+    p.h_stride = h_stride;
+    set_outputs(p, y, y_stride, u_b, d_out, r_b, "svd_lora_expand");
+    // Blocks share nothing here: no cluster, and d_out is split until the device is full.
+    Grid grid = choose_grid(device, rows, 0, p.d_out, 1, p.r_b, "svd_lora_expand");
+    grid.cluster = false;
+    const Kernel<T> kernel =
+        grid.rows_per_block == 1 ? svd_lora_expand_kernel<1, T> : svd_lora_expand_kernel<kMaxRows, T>;
+    launch(grid, kernel, p, stream, "svd_lora_expand");
+  });
+}
+
+}  // namespace cuda
+}  // namespace essa
