@@ -14,13 +14,15 @@ void rademacher(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32
                 uint64_t member, uintptr_t stream);
 
 void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
-              uintptr_t u_b, uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members,
-              int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b, int dtype, uintptr_t stream);
+              uintptr_t u_b, int64_t u_b_row_stride, int64_t u_b_column_stride, uintptr_t s_a, uintptr_t s_b,
+              uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b,
+              int dtype, uintptr_t stream);
 void svd_lora_shrink(uintptr_t h, int64_t h_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
                      uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in,
                      int64_t r_a, int64_t r_b, int dtype, uintptr_t stream);
-void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b, int64_t rows,
-                     int64_t d_out, int64_t r_b, int dtype, uintptr_t stream);
+void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b,
+                     int64_t u_b_row_stride, int64_t u_b_column_stride, int64_t rows, int64_t d_out, int64_t r_b,
+                     int dtype, uintptr_t stream);
 
 // Driver, devices and their compute capability in words, or the plain reason why there is none. Never throws.
 std::string device_report();

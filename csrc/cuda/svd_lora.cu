@@ -155,14 +155,17 @@ void set_inputs(SvdLora<T>& p, uintptr_t x, int64_t x_stride, uintptr_t v_a, uin
 }
 
 template <class T>
-void set_outputs(SvdLora<T>& p, uintptr_t y, int64_t y_stride, uintptr_t u_b, int64_t d_out, int64_t r_b,
-                 const char* op) {
+void set_outputs(SvdLora<T>& p, uintptr_t y, int64_t y_stride, uintptr_t u_b, int64_t u_b_row_stride,
+                 int64_t u_b_column_stride, int64_t d_out, int64_t r_b, const char* op) {
   p.y = reinterpret_cast<T*>(y);
   p.y_stride = y_stride;
   p.u_b = reinterpret_cast<const T*>(u_b);
+  p.u_b_row_stride = u_b_row_stride;
+  p.u_b_column_stride = u_b_column_stride;
   p.d_out = narrow(d_out, op, "d_out");
   p.r_b = narrow(r_b, op, "r_b");
-  p.vector_ranks = aligned(u_b, 16) && r_b * sizeof(T) % 16 == 0;
+  p.vector_ranks = aligned(u_b, 16) && u_b_column_stride == 1 && u_b_row_stride * sizeof(T) % 16 == 0 &&
+                   r_b * sizeof(T) % 16 == 0;
   p.paired_columns = aligned(y, 2 * sizeof(T)) && y_stride % 2 == 0;
 }
 
@@ -179,8 +182,9 @@ void with_type(int dtype, const char* op, const Function& function) {
 }  // namespace
 
 void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
-              uintptr_t u_b, uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members,
-              int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b, int dtype, uintptr_t stream) {
+              uintptr_t u_b, int64_t u_b_row_stride, int64_t u_b_column_stride, uintptr_t s_a, uintptr_t s_b,
+              uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b,
+              int dtype, uintptr_t stream) {
   if (rows == 0 || d_out == 0) return;
   const OnDeviceOf device(y, "svd_lora");
   with_type(dtype, "svd_lora", [&](auto tag) {
@@ -188,7 +192,7 @@ void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uint
     SvdLora<T> p = {};
     p.rows = rows;
     set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, "svd_lora");
-    set_outputs(p, y, y_stride, u_b, d_out, r_b, "svd_lora");
+    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b, "svd_lora");
     const Grid grid = choose_grid(device, rows, p.d_in, p.d_out, p.r_a, p.r_b, "svd_lora");
     const Kernel<T> kernel = grid.rows_per_block == 1 ? svd_lora_kernel<1, T> : svd_lora_kernel<kMaxRows, T>;
     launch(grid, kernel, p, stream, "svd_lora");
@@ -215,8 +219,9 @@ void svd_lora_shrink(uintptr_t h, int64_t h_stride, uintptr_t x, int64_t x_strid
   });
 }
 
-void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b, int64_t rows,
-                     int64_t d_out, int64_t r_b, int dtype, uintptr_t stream) {
+void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_stride, uintptr_t u_b,
+                     int64_t u_b_row_stride, int64_t u_b_column_stride, int64_t rows, int64_t d_out, int64_t r_b,
+                     int dtype, uintptr_t stream) {
   if (rows == 0 || d_out == 0) return;
   const OnDeviceOf device(y, "svd_lora_expand");
   with_type(dtype, "svd_lora_expand", [&](auto tag) {
@@ -225,7 +230,7 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
     p.rows = rows;
     p.h = reinterpret_cast<float*>(h);
     p.h_stride = h_stride;
-    set_outputs(p, y, y_stride, u_b, d_out, r_b, "svd_lora_expand");
+    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b, "svd_lora_expand");
     // Blocks share nothing here: no cluster, and d_out is split until the device is full.
     Grid grid = choose_grid(device, rows, 0, p.d_out, 1, p.r_b, "svd_lora_expand");
     grid.cluster = false;

@@ -25,16 +25,16 @@ struct SvdLora {
   const T* x;
   const T* v_a;       // [r_a, d_in]
   const float* core;  // [r_b, r_a]
-  const T* u_b;       // [d_out, r_b]
+  const T* u_b;       // [d_out, r_b], any strides
   const float* s_a;   // [members, r_a]
   const float* s_b;   // [members, r_b]
   const int64_t* offsets;
   float* h;  // [rows, r_b], written by shrink and read by expand; svd_lora keeps it in shared memory
-  int64_t y_stride, x_stride, h_stride;
+  int64_t y_stride, x_stride, h_stride, u_b_row_stride, u_b_column_stride;
   int64_t rows;
   int members, d_in, d_out, r_a, r_b;
   bool vector_inputs;  // x and v_a rows start on 16 bytes
-  bool vector_ranks;   // u_b rows start on 16 bytes
+  bool vector_ranks;   // u_b has adjacent columns and its rows start on 16 bytes
   bool paired_columns;  // y columns move two at a time
 };
 
@@ -163,12 +163,13 @@ ESSA_HD void expand_columns(const Block& block, const SvdLora<T>& p, int64_t row
         y[r].value[1] = pair ? out[1] : out[0];
       }
     }
-    const T* left = p.u_b + (int64_t)column * p.r_b;
-    const T* right = pair ? left + p.r_b : left;
+    const T* left = p.u_b + column * p.u_b_row_stride;
+    const T* right = pair ? left + p.u_b_row_stride : left;
     float delta[R][kColumnsPerThread] = {};
     for (int j = 0; j < p.r_b; j += V) {
-      const Pack<T, V> u0 = *reinterpret_cast<const Pack<T, V>*>(left + j);
-      const Pack<T, V> u1 = *reinterpret_cast<const Pack<T, V>*>(right + j);
+      const int64_t at = V == 1 ? j * p.u_b_column_stride : j;
+      const Pack<T, V> u0 = *reinterpret_cast<const Pack<T, V>*>(left + at);
+      const Pack<T, V> u1 = *reinterpret_cast<const Pack<T, V>*>(right + at);
       for (int i = 0; i < V; ++i)
         for (int r = 0; r < R; ++r) {
           delta[r][0] = noise::fma_rn(h[r * p.r_b + j + i], to_float(u0.value[i]), delta[r][0]);
