@@ -30,7 +30,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         cmake = find_tool("cmake")
-        build_dir = Path(self.build_temp).resolve()
+        # Kept between builds, also those of pip, which uses a new temporary folder each time.
+        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{Path(os.environ.get('CXX', 'c++')).name}"
         configure = [
             cmake,
             "-S",
