@@ -1,0 +1,207 @@
+"""A run on disk: `run.json` says what it is, `history.jsonl` what happened. Together they rebuild the search exactly.
+
+`run.json` is written once. `history.jsonl` grows by one line a generation (prompts, rewards) and one an evaluation;
+the search state itself is never stored, because asking and telling again from the recorded rewards brings it back bit by
+bit. Each line carries a digest of itself and of everything before it, starting from the digest of the run's identity,
+so an altered, reordered or foreign line is noticed. A process that dies while writing leaves a last line without its
+newline: it is dropped, and its generation is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from essa.config import InputError
+
+FORMAT = 1
+RUN_FILE, HISTORY_FILE = "run.json", "history.jsonl"
+SYNC_SECONDS = 1.0
+
+
+class Run:
+    """An open run directory, locked against a second process.
+
+    Attributes:
+        directory: the folder.
+        identity: what must stay the same for the history to mean anything.
+        about: everything else worth knowing: versions, machine, the command.
+        records: the verified lines of the history, without their digests.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
+        self.directory, self.identity, self.about = directory, identity, about
+        self.records: list[dict[str, Any]] = []
+        self._digest = _digest_of(identity)
+        self._size = 0
+        self._synced = 0.0
+        self._file: int | None = None
+
+    @staticmethod
+    def refuse_existing(directory: str | Path) -> None:
+        """Raise `InputError` if a new run cannot go into this folder."""
+        directory = Path(directory)
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"output_dir {str(directory)!r} is not a folder")
+        if any((directory / name).exists() for name in (RUN_FILE, HISTORY_FILE)):
+            raise InputError(
+                f"output_dir {str(directory)!r} already holds a run; resume it with resume_from_checkpoint, "
+                "or choose another output_dir"
+            )
+
+    @classmethod
+    def create(cls, directory: str | Path, identity: dict[str, Any], about: dict[str, Any]) -> Run:
+        """Start a run in a folder that holds none."""
+        cls.refuse_existing(directory)
+        directory = Path(directory)
+        run = cls(directory, json.loads(json.dumps(identity)), json.loads(json.dumps(about, default=str)))
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"format": FORMAT, "digest": run._digest, "identity": run.identity, "about": run.about}
+        write_atomically(directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
+        run._open()
+        return run
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Run:
+        """Read and verify a run, without locking it.
+
+        Raises:
+            InputError: there is no run, or one of its files is damaged or belongs to another run.
+        """
+        directory = Path(directory)
+        path = directory / RUN_FILE
+        if not path.is_file():
+            raise InputError(f"no run to resume in {str(directory)!r}: it has no {RUN_FILE}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{str(path)!r} is damaged: {error}") from error
+        if not isinstance(content, dict) or not {"format", "digest", "identity", "about"} <= content.keys():
+            raise InputError(f"{str(path)!r} does not describe a run of this program")
+        if content["format"] != FORMAT:
+            raise InputError(f"{str(path)!r} has format {content['format']!r}, this version reads format {FORMAT}")
+        run = cls(directory, content["identity"], content["about"])
+        if run._digest != content["digest"]:
+            raise InputError(f"{str(path)!r} was altered: its identity does not match its digest")
+        run._read_history()
+        return run
+
+    @classmethod
+    def resume(cls, directory: str | Path, identity: dict[str, Any]) -> Run:
+        """Read, verify and lock a run that has this identity."""
+        run = cls.read(directory)
+        differences = _differences(run.identity, json.loads(json.dumps(identity)))
+        if differences:
+            raise InputError(
+                f"the run in {str(directory)!r} cannot be resumed with other settings: " + "; ".join(differences)
+            )
+        run._open()
+        return run
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one line. It survives the process at once, and the machine after at most `SYNC_SECONDS`."""
+        body = json.dumps(record, allow_nan=False, separators=(",", ":"))
+        self._digest = _chain(self._digest, body)
+        line = f'{body[:-1]},"digest":"{self._digest}"}}\n'.encode()
+        os.ftruncate(self._file, self._size)
+        written = 0
+        while written < len(line):
+            written += os.pwrite(self._file, line[written:], self._size + written)
+        self._size += len(line)
+        self.records.append(json.loads(body))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> None:
+        self._file = os.open(self.directory / HISTORY_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            self._file = None
+            raise InputError(f"output_dir {str(self.directory)!r} is in use by another process") from error
+
+    def _read_history(self) -> None:
+        path = self.directory / HISTORY_FILE
+        content = path.read_bytes() if path.is_file() else b""
+        *lines, _torn = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                digest = record.pop("digest")
+                body = json.dumps(record, allow_nan=False, separators=(",", ":"))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{str(path)!r} is damaged at line {number}: {error}") from error
+            self._digest = _chain(self._digest, body)
+            if digest != self._digest:
+                raise InputError(f"{str(path)!r} line {number} was altered or belongs to another run")
+            self.records.append(record)
+            self._size += len(line) + 1
+
+
+def _digest_of(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _chain(digest: str, body: str) -> str:
+    return hashlib.sha256(f"{digest} {body}".encode()).hexdigest()[:16]
+
+
+def _differences(recorded: Any, given: Any, name: str = "") -> list[str]:
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        return [
+            difference
+            for key in sorted(recorded.keys() | given.keys())
+            for difference in _differences(recorded.get(key), given.get(key), f"{name} {key}".strip())
+        ]
+    return [] if recorded == given else [f"{name} was {recorded!r}, now {given!r}"]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either there in full or not at all, also after a power cut."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    _sync_folder(path.parent)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a new folder and put it in the place of `path`, so that `path` never holds a half-written one."""
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    os.chmod(fresh, 0o755)
+    stale = fresh.with_name(fresh.name + ".old")
+    try:
+        fill(fresh)
+        if path.exists():
+            os.rename(path, stale)
+        os.rename(fresh, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

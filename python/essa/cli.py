@@ -1,0 +1,354 @@
+"""The `essa` command. Only what a command needs is imported, and only once it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from essa.config import ESSAConfig, InputError, SFTConfig, suggest
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="essa",
+    help="Align language models without gradients, by evolving the singular values of a LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Plain help shows every option name in full, however narrow the terminal.
+    rich_markup_mode=None,
+    # --output-dir is accepted for --output_dir.
+    context_settings={"token_normalize_func": lambda token: token.replace("-", "_"), "help_option_names": ["--help", "-h"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `essa` command."""
+    app()
+
+
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """Take the defaults of this command's options from a YAML file."""
+    if path is not None:
+        import yaml
+
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise typer.BadParameter(f"cannot read {path!r}: {error}") from error
+        if not isinstance(settings, dict):
+            raise typer.BadParameter(f"{path!r} must hold `option: value` lines, got {type(settings).__name__}")
+        known = [parameter.name for parameter in context.command.params if parameter.name != "config"]
+        for name in settings:
+            if name not in known:
+                raise typer.BadParameter(f"{path!r}: unknown option {name!r}{suggest(str(name), known)}")
+        _add_defaults(context, settings)
+    return path
+
+
+def _read_run(context: typer.Context, directory: str | None) -> str | None:
+    """Take the defaults of `essa align` from the run that is to be resumed."""
+    if directory is not None:
+        from essa.checkpoint import Run
+
+        try:
+            recorded = Run.read(directory).about.get("command", {})
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from error
+        _add_defaults(context, {**recorded, "output_dir": directory})
+    return directory
+
+
+def _add_defaults(context: typer.Context, settings: dict[str, Any]) -> None:
+    given = {name: value for name, value in settings.items() if value is not None}
+    context.default_map = {**(context.default_map or {}), **given}
+
+
+def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
+    """Register a command; its `**settings` become one option for each field of the `settings` dataclass.
+
+    Bad input ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130.
+    """
+
+    def register(function: Callable) -> Callable:
+        hints = typing.get_type_hints(function, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        if settings is not None:
+            parameters += _options(settings)
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            try:
+                function(**values)
+            except InputError as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(EXIT_BAD_INPUT) from error
+            except KeyboardInterrupt as interrupt:
+                raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return app.command()(run)
+
+    return register
+
+
+def _options(settings: type) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(settings)
+    options = []
+    for field in dataclasses.fields(settings):
+        names = [f"--{field.name}/--no_{field.name}" if hints[field.name] is bool else f"--{field.name}"]
+        required = field.default is dataclasses.MISSING
+        options.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if required else field.default,
+                annotation=Annotated[hints[field.name], typer.Option(*names, help=field.metadata["help"])],
+            )
+        )
+    return options
+
+
+Model = Annotated[str, typer.Option("--model_name_or_path", help="Base model: a local folder or a name on the hub.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--dataset_name",
+        help="Rows with a `prompt` (text or chat messages): a .jsonl, .json, .parquet or .csv file, or a name on the hub.",
+    ),
+]
+DataSplit = Annotated[str, typer.Option("--dataset_split", help="Split of a dataset on the hub.")]
+RewardNames = Annotated[
+    list[str],
+    typer.Option(
+        "--reward",
+        help="exact_match (completion equals the column `answer` or `solution`), math (equal as mathematics), or "
+        "path.to.module:function with TRL's reward signature. Repeat it to add several up.",
+    ),
+]
+Config = Annotated[
+    Optional[str],
+    typer.Option(
+        "--config", callback=_read_config, is_eager=True, help="YAML file with these options; the command line wins."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", help="Run Python code that comes with the model. Off unless you trust it.")
+]
+
+
+@_command(ESSAConfig)
+def align(
+    model_name_or_path: Model,
+    dataset_name: Data,
+    reward: RewardNames,
+    adapter: Annotated[
+        Optional[str],
+        typer.Option("--adapter", help="Warm-start LoRA adapter: folder or hub name. Make one with `essa sft`."),
+    ] = None,
+    dataset_split: DataSplit = "train",
+    eval_dataset_name: Annotated[
+        Optional[str], typer.Option("--eval_dataset_name", help="Rows to evaluate on, never searched on.")
+    ] = None,
+    eval_dataset_split: Annotated[
+        str, typer.Option("--eval_dataset_split", help="Split of an evaluation dataset on the hub.")
+    ] = "test",
+    eval_split: Annotated[
+        Optional[float],
+        typer.Option("--eval_split", help="Keep this fraction of dataset_name out of the search, to evaluate on."),
+    ] = None,
+    resume_from_checkpoint: Annotated[
+        Optional[str],
+        typer.Option(
+            "--resume_from_checkpoint",
+            callback=_read_run,
+            is_eager=True,
+            help="Folder of a run to continue. Its options need not be repeated; --generations may ask for more.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    config: Config = None,
+    **settings: Any,
+) -> None:
+    """Align a model: search its LoRA adapter for the highest reward. The result is output_dir/adapter."""
+    args = ESSAConfig(**settings)
+    if eval_dataset_name is not None and eval_split is not None:
+        raise InputError("eval_dataset_name and eval_split cannot both be given")
+    from essa.checkpoint import Run
+    from essa.data import read_rows, split_rows
+    from essa.rewards import find_reward
+
+    for name in reward:
+        find_reward(name)
+    if resume_from_checkpoint is None:
+        Run.refuse_existing(args.output_dir)
+    train, evaluation = read_rows(dataset_name, split=dataset_split), None
+    if eval_dataset_name is not None:
+        evaluation = read_rows(eval_dataset_name, split=eval_dataset_split, argument="eval_dataset_name")
+    if eval_split is not None:
+        train, evaluation = split_rows(train, eval_split, args.seed)
+    _quiet()
+    from essa.models import load_adapter, load_base
+    from essa.trainer import ESSATrainer
+
+    base, tokenizer = load_base(
+        model_name_or_path, dtype=args.dtype, device=args.device, trust_remote_code=trust_remote_code
+    )
+    trainer = ESSATrainer(load_adapter(base, adapter), reward, args, train, evaluation, tokenizer)
+    trainer.about["command"] = {
+        "model_name_or_path": _absolute(model_name_or_path),
+        "adapter": _absolute(adapter),
+        "dataset_name": _absolute(dataset_name),
+        "dataset_split": dataset_split,
+        "eval_dataset_name": _absolute(eval_dataset_name),
+        "eval_dataset_split": eval_dataset_split,
+        "eval_split": eval_split,
+        "reward": reward,
+        "trust_remote_code": trust_remote_code,
+        **settings,
+    }
+    summary = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    folder = Path(args.output_dir)
+    if "eval_reward" in summary:
+        typer.echo(f"evaluation: {summary['eval_reward_before']:.3f} -> {summary['eval_reward']:.3f}")
+    typer.echo(f"{summary['samples']:,} samples in {summary['seconds']:.1f} s")
+    typer.echo(f"adapter: {folder / 'adapter'}\nreport:  {folder / 'report.html'}")
+
+
+@_command(SFTConfig)
+def sft(
+    model_name_or_path: Model,
+    dataset_name: Annotated[
+        str,
+        typer.Option(
+            "--dataset_name",
+            help="Rows with `prompt` and `completion`, both text or both chat messages: a file or a name on the hub.",
+        ),
+    ],
+    dataset_split: DataSplit = "train",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    config: Config = None,
+    **settings: Any,
+) -> None:
+    """Make a warm start: train a LoRA adapter on demonstrations. `essa align --adapter` takes it from there."""
+    args = SFTConfig(**settings)
+    from essa.data import read_rows
+
+    rows = read_rows(dataset_name, split=dataset_split)
+    _quiet()
+    from essa.models import load_base
+    from essa.sft import sft as train
+
+    model, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    def log(step: int, loss: float) -> None:
+        if step % max(1, args.max_steps // 20) == 0 or step == args.max_steps:
+            typer.echo(f"step {step}/{args.max_steps}: loss {loss:.4f}", err=True)
+
+    train(model, tokenizer, rows, args, log=log)
+    typer.echo(f"adapter: {args.output_dir}")
+
+
+@_command()
+def eval(
+    model_name_or_path: Model,
+    dataset_name: Data,
+    reward: RewardNames,
+    adapter: Annotated[
+        Optional[str], typer.Option("--adapter", help="LoRA adapter: folder or hub name. Default: the bare model.")
+    ] = None,
+    dataset_split: DataSplit = "test",
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=1)] = 256,
+    row_budget: Annotated[
+        int, typer.Option("--row_budget", help="Most sequences decoded in one batch.", min=1)
+    ] = 256,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    config: Config = None,
+) -> None:
+    """Measure a model, with or without an adapter: mean reward (accuracy) of greedy completions.
+
+    A table goes to stderr, the same numbers as JSON to stdout.
+    """
+    from essa.data import read_rows
+
+    rows = read_rows(dataset_name, split=dataset_split)
+    _quiet()
+    from essa.evaluate import check_prompts, evaluate
+    from essa.models import load_adapter, load_base
+    from essa.rewards import Rewards
+
+    rewards = Rewards(reward, None)
+    model, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    prompts = check_prompts(
+        rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens
+    )
+    numbers = evaluate(model, tokenizer, prompts, rewards, max_new_tokens=max_new_tokens, row_budget=row_budget)
+    result = {
+        "model": model_name_or_path,
+        "adapter": adapter,
+        "dataset": dataset_name,
+        "rewards": rewards.names,
+        **numbers,
+        "samples_per_second": numbers["samples"] / numbers["seconds"],
+        "tokens_per_second": numbers["tokens"] / numbers["seconds"],
+    }
+    _print_table(result)
+    typer.echo(json.dumps(result))
+
+
+@_command()
+def info() -> None:
+    """Show which kernels serve this machine, and why the others do not. Attach it to a bug report."""
+    import essa_kernels
+
+    typer.echo(str(essa_kernels.explain()))
+    typer.echo(json.dumps(essa_kernels.env_report(), indent=2))
+
+
+def _print_table(rows: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        shown = ", ".join(value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else value
+        table.add_row(name, str(shown))
+    Console(stderr=True).print(table)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and advice out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _absolute(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Settings of an alignment run: one dataclass, checked when it is made.
+
+The command line and the YAML file take their options, defaults and help from the fields below, so a setting
+is described once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message says what it was and what would be accepted."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """` - did you mean 'x'?` when a known word is close to `word`, else an empty string."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" - did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def setting(default: Any, help: str, *, fixed: bool = False) -> Any:
+    """A field with help. `fixed` settings decide the candidates or their rewards, so a resumed run must keep them."""
+    return field(default=default, metadata={"help": help, "fixed": fixed})
+
+
+OFFSET_MODES = ("absolute", "relative")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPORTERS = ("none", "tensorboard", "wandb")
+
+
+class _Settings:
+    """What settings have in common: checks that name the setting, its value and what is allowed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _check_path(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (str, os.PathLike)) or not str(value):
+            raise InputError(f"{name} must be the path of a folder, got {value!r}")
+        setattr(self, name, str(value))
+
+    def _check_int(self, name: str, least: int, most: int | None = None) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
+            allowed = f"a whole number of at least {least}" if most is None else f"a whole number in [{least}, {most}]"
+            raise InputError(f"{name} must be {allowed}, got {value!r}")
+
+    def _check_float(
+        self, name: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    ) -> None:
+        value = getattr(self, name)
+        good = _is_finite(value)
+        good = good and (above is None or value > above) and (at_least is None or value >= at_least)
+        if not good or (at_most is not None and value > at_most):
+            lower = f"above {above:g}" if above is not None else f"of at least {at_least:g}"
+            upper = "" if at_most is None else f" and at most {at_most:g}"
+            raise InputError(f"{name} must be a finite number {lower}{upper}, got {value!r}")
+        setattr(self, name, float(value))
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{suggest(str(value), choices)}")
+
+
+@dataclass
+class ESSAConfig(_Settings):
+    """Settings of `ESSATrainer`. A wrong value raises `InputError` here, before any model is loaded.
+
+    Every field's meaning is in its `metadata["help"]`; `essa align --help` prints them all.
+    """
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the run: adapter, history, report. Must not hold another run.", "fixed": False}
+    )
+    population_size: int = setting(
+        24,
+        "Members of the population per generation. For es-per-completion: completions per generation, a multiple of "
+        "prompts_per_generation.",
+        fixed=True,
+    )
+    prompts_per_generation: int = setting(
+        16, "Prompts drawn per generation; all members answer the same ones.", fixed=True
+    )
+    generations: int = setting(50, "Rounds of ask, evaluate, tell. A resumed run may ask for more.")
+    sigma: float = setting(
+        0.3, "Initial step size of the search, in the units of offset_mode. Larger explores more.", fixed=True
+    )
+    alpha: float = setting(
+        1.0, "Fraction of each factor's largest singular values that is searched, in (0, 1].", fixed=True
+    )
+    offset_mode: str = setting(
+        "absolute",
+        "absolute: value = singular value + offset. relative: value = singular value x (1 + offset).",
+        fixed=True,
+    )
+    strategy: str | None = setting(
+        None, "Search strategy: cma, cma-diagonal or es-per-completion. Default: the package's best.", fixed=True
+    )
+    learning_rate: float | None = setting(
+        None, "Step of the ES strategies along their estimated gradient. Default: the strategy's own.", fixed=True
+    )
+    max_new_tokens: int = setting(256, "Longest completion, in tokens.", fixed=True)
+    temperature: float = setting(
+        0.0, "0 decodes greedily; above 0 completions are sampled. Evaluation is always greedy.", fixed=True
+    )
+    row_budget: int = setting(
+        256, "Most sequences decoded in one batch. Members are split into chunks of at most this many.", fixed=True
+    )
+    seed: int = setting(0, "Seed of everything random: same seed, same machine, same adapter.", fixed=True)
+    reward_weights: list[float] | None = setting(
+        None, "Weight of each reward function in the sum. Default: 1 each.", fixed=True
+    )
+    eval_steps: int = setting(
+        10, "Evaluate the mean on the evaluation set every so many generations (and before the first and after the "
+        "last). 0: only before and after."
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Save the mean with the best evaluation reward instead of the last one."
+    )
+    save_steps: int = setting(0, "Refresh output_dir/adapter every so many generations. 0: only at the end.")
+    logging_steps: int = setting(1, "Log every so many generations.")
+    report_to: str = setting("none", "Also log to tensorboard or wandb (installed separately), or none.")
+    run_name: str | None = setting(None, "Name of the run in wandb and in the report.")
+    progress: bool = setting(True, "Show progress on the terminal.")
+    dtype: str = setting(
+        "auto", "Dtype of a model given by name: auto (as saved), float32, bfloat16 or float16.", fixed=True
+    )
+    device: str = setting("auto", "Device of a model given by name: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+
+    def __post_init__(self) -> None:
+        self._check_path("output_dir")
+        self._check_int("population_size", 2)
+        self._check_int("prompts_per_generation", 1)
+        self._check_int("generations", 1, 2**32 - 2)
+        self._check_float("sigma", above=0.0)
+        self._check_float("alpha", above=0.0, at_most=1.0)
+        self._check_choice("offset_mode", OFFSET_MODES)
+        if self.strategy is not None and not isinstance(self.strategy, str):
+            raise InputError(f"strategy must be a name, got {self.strategy!r}")
+        if self.learning_rate is not None:
+            self._check_float("learning_rate", above=0.0)
+        self._check_int("max_new_tokens", 1)
+        self._check_float("temperature", at_least=0.0)
+        self._check_int("row_budget", 1)
+        self._check_int("seed", 0, 2**64 - 1)
+        if self.reward_weights is not None:
+            if not isinstance(self.reward_weights, (list, tuple)) or not all(map(_is_finite, self.reward_weights)):
+                raise InputError(f"reward_weights must be a list of finite numbers, got {self.reward_weights!r}")
+            self.reward_weights = [float(weight) for weight in self.reward_weights]
+        self._check_int("eval_steps", 0)
+        self._check_int("save_steps", 0)
+        self._check_int("logging_steps", 1)
+        self._check_choice("report_to", REPORTERS)
+        self._check_choice("dtype", DTYPES)
+        for name in ("load_best_model_at_end", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings a resumed run must keep."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["fixed"]}
+
+
+@dataclass
+class SFTConfig(_Settings):
+    """Settings of `essa.sft.sft`. A wrong value raises `InputError` here."""
+
+    output_dir: str = field(metadata={"help": "Folder of the new adapter. Must be new or empty."})
+    lora_r: int = setting(8, "Rank of the adapter: singular values per factor.")
+    lora_alpha: int = setting(16, "LoRA scaling: the adapter counts lora_alpha / lora_r.")
+    lora_target_modules: str = setting(
+        "all-linear", "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head."
+    )
+    learning_rate: float = setting(1e-3, "Step size of AdamW.")
+    max_steps: int = setting(200, "Batches to train on.")
+    batch_size: int = setting(16, "Rows per batch.")
+    seed: int = setting(0, "Seed of the adapter's initial weights and of the order of rows.")
+
+    def __post_init__(self) -> None:
+        self._check_path("output_dir")
+        for name in ("lora_r", "lora_alpha", "max_steps", "batch_size"):
+            self._check_int(name, 1)
+        if not isinstance(self.lora_target_modules, str) or not self.lora_target_modules:
+            raise InputError(f"lora_target_modules must be text, got {self.lora_target_modules!r}")
+        self._check_float("learning_rate", above=0.0)
+        self._check_int("seed", 0, 2**63 - 1)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,271 @@
+"""Prompts: reading them, checking them, and drawing them in an order that the seed alone decides.
+
+A dataset is a list of rows. Each row has a `prompt`, as text or as chat messages; every other column is handed to the
+reward functions. These are TRL's prompt-only dataset formats.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from essa.config import InputError
+
+# A site of its own, in the range the noise contract keeps for uses that are not a layer.
+PROMPT_SITE = 2**30 - 3
+SPLIT_GENERATION = 2**32 - 1
+
+NOT_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")
+
+
+def read_rows(name: str, *, split: str = "train", argument: str = "dataset_name") -> list[dict[str, Any]]:
+    """Rows of a local .jsonl, .json, .parquet or .csv file, or of a dataset on the Hugging Face hub.
+
+    Files are read as they are: a CSV answer `027` stays text. A .json file holds a list of objects.
+    """
+    path = Path(name)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+    reader = readers.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise InputError(f"{argument} {name!r}: unknown file type, must be one of {', '.join(readers)}")
+        rows = reader(path, argument)
+    elif reader is not None:
+        raise InputError(f"{argument} {name!r}: no such file")
+    elif path.is_dir():
+        raise InputError(f"{argument} {name!r} is a folder, must be a file or the name of a dataset on the hub")
+    else:
+        rows = _read_hub(name, split, argument)
+    if not rows:
+        raise InputError(f"{argument} {name!r} is empty")
+    return rows
+
+
+def _read_jsonl(path: Path, argument: str) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{argument} {str(path)!r}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def _read_json(path: Path, argument: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{argument} {str(path)!r}: not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{argument} {str(path)!r}: must hold a list of objects, got {type(rows).__name__}")
+    return rows
+
+
+def _read_parquet(path: Path, argument: str) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{argument} {str(path)!r}: reading Parquet needs `pip install pyarrow`") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{argument} {str(path)!r}: not a Parquet file ({error})") from error
+
+
+def _read_csv(path: Path, argument: str) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _read_hub(name: str, split: str, argument: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{argument} {name!r} is not a local file; reading it from the hub needs `pip install datasets`"
+        ) from error
+    try:
+        return list(datasets.load_dataset(name, split=split))
+    except Exception as error:
+        raise InputError(
+            f"{argument} {name!r} is neither a local file nor a dataset the hub gave us (split {split!r}): {error}"
+        ) from error
+
+
+def split_rows(
+    rows: Sequence[dict[str, Any]], fraction: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`(train, evaluation)`: a random `fraction` of the rows, at least one, is kept out for evaluation."""
+    if not 0.0 < fraction < 1.0:
+        raise InputError(f"eval_split must be above 0 and below 1, got {fraction!r}")
+    held_out = max(1, round(fraction * len(rows)))
+    if held_out >= len(rows):
+        raise InputError(f"eval_split {fraction!r} of {len(rows)} rows leaves nothing to train on")
+    order = _permutation(len(rows), seed, SPLIT_GENERATION)
+    return [rows[i] for i in sorted(order[held_out:])], [rows[i] for i in sorted(order[:held_out])]
+
+
+def _permutation(size: int, seed: int, generation: int) -> list[int]:
+    """The same permutation of `range(size)` on every machine, for it sorts noise that is."""
+    import essa_kernels
+
+    key = essa_kernels.NoiseKey(seed, generation, PROMPT_SITE)
+    return essa_kernels.gaussian((size,), key).argsort(stable=True).tolist()
+
+
+class PromptSampler:
+    """Which prompts each generation sees: epochs of the whole set, each in an order of its own, laid end to end."""
+
+    def __init__(self, size: int, per_generation: int, seed: int) -> None:
+        if per_generation > size:
+            raise InputError(f"prompts_per_generation must be at most the {size} training prompts, got {per_generation}")
+        self.size, self.per_generation, self.seed = size, per_generation, seed
+        self._orders: dict[int, list[int]] = {}
+
+    def indices(self, generation: int) -> list[int]:
+        """Row numbers for one generation, deterministic in (seed, generation)."""
+        start = generation * self.per_generation
+        return [self._at(position) for position in range(start, start + self.per_generation)]
+
+    def epoch(self, generation: int) -> float:
+        """Passes over the data made once `generation` generations are over."""
+        return generation * self.per_generation / self.size
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self.size)
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = _permutation(self.size, self.seed, epoch)
+        return self._orders[epoch][place]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A checked dataset.
+
+    Attributes:
+        name: the argument it came from, for messages.
+        rows: the rows as given.
+        texts: what the model reads, one string a row; chat messages have gone through the chat template.
+        conversational: whether prompts were given as chat messages.
+        columns: further columns, the reward functions' keyword arguments.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    texts: list[str]
+    conversational: bool
+    columns: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data in a checkpoint: the number of rows and a digest of all of them."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return {"rows": len(self.rows), "sha256": digest.hexdigest()}
+
+    @classmethod
+    def check(cls, dataset: Iterable[dict[str, Any]], processing_class: Any, *, name: str, room: int | None) -> Prompts:
+        """Check a `datasets.Dataset` or list of rows and render its prompts.
+
+        Args:
+            dataset: rows with `prompt` as text or as messages (`{"role": ..., "content": ...}`), all of one kind.
+            processing_class: the tokenizer.
+            name: the argument's name, for messages.
+            room: the most tokens a prompt may have, or None where the model sets no limit.
+
+        Raises:
+            InputError: naming the argument and the first row that is wrong.
+        """
+        if isinstance(dataset, (str, bytes, dict)) or not hasattr(dataset, "__len__"):
+            raise InputError(f"{name} must be a datasets.Dataset or a list of rows, got {type(dataset).__name__}")
+        rows = list(dataset)
+        if not rows:
+            raise InputError(f"{name} is empty")
+        for number, row in enumerate(rows):
+            _check_row(row, number, name)
+        conversational = not isinstance(rows[0]["prompt"], str)
+        for number, row in enumerate(rows):
+            if isinstance(row["prompt"], str) == conversational:
+                raise InputError(f"{name} row {number}: prompts must be all text or all messages, got both kinds")
+        if conversational:
+            texts = _apply_chat_template(rows, processing_class, name)
+        else:
+            texts = [row["prompt"] for row in rows]
+        if room is not None:
+            _check_lengths(texts, processing_class, name, room)
+        columns = [column for column in rows[0] if column not in NOT_REWARD_COLUMNS]
+        for number, row in enumerate(rows):
+            missing = [column for column in columns if column not in row]
+            if missing:
+                raise InputError(f"{name} row {number} lacks the column {missing[0]!r} that row 0 has")
+        return cls(name, rows, texts, conversational, columns)
+
+
+def _check_row(row: Any, number: int, name: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{name} row {number} must be an object with a `prompt`, got {type(row).__name__}")
+    if "prompt" not in row:
+        raise InputError(f"{name} row {number} has no `prompt` column, only {', '.join(map(repr, row)) or 'nothing'}")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InputError(f"{name} row {number}: `prompt` is empty")
+        return
+    if not isinstance(prompt, list) or not prompt:
+        raise InputError(
+            f"{name} row {number}: `prompt` must be text or a list of messages, got {type(prompt).__name__} {prompt!r}"
+        )
+    for message in prompt:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise InputError(
+                f"{name} row {number}: a message must be {{'role': ..., 'content': ...}}, got {message!r}"
+            )
+
+
+def _apply_chat_template(rows: list[dict[str, Any]], processing_class: Any, name: str) -> list[str]:
+    if not getattr(processing_class, "chat_template", None):
+        raise InputError(f"{name} has prompts as messages, but the tokenizer has no chat template; give them as text")
+    texts = []
+    for number, row in enumerate(rows):
+        # A conversation that ends with the assistant is one to continue, as in TRL.
+        to_continue = row["prompt"][-1]["role"] == "assistant"
+        try:
+            text = processing_class.apply_chat_template(
+                row["prompt"],
+                tokenize=False,
+                add_generation_prompt=not to_continue,
+                continue_final_message=to_continue,
+            )
+        except Exception as error:
+            raise InputError(f"{name} row {number}: the chat template refused the messages: {error}") from error
+        texts.append(text)
+    # The rollout's tokenizer call adds the beginning-of-sequence token itself; a template that wrote it would double it.
+    bos = processing_class.bos_token
+    if bos and processing_class("").input_ids[:1] == [processing_class.bos_token_id]:
+        texts = [text.removeprefix(bos) for text in texts]
+    return texts
+
+
+def _check_lengths(texts: list[str], processing_class: Any, name: str, room: int) -> None:
+    if room < 1:
+        raise InputError(f"max_new_tokens leaves no room for a prompt in the model's context ({room} tokens left)")
+    for number, ids in enumerate(processing_class(texts).input_ids):
+        if len(ids) > room:
+            raise InputError(
+                f"{name} row {number}: the prompt has {len(ids)} tokens, but only {room} fit into the model's context "
+                f"beside max_new_tokens: {texts[number][:80]!r}"
+            )
+        if not ids:
+            raise InputError(f"{name} row {number}: the tokenizer makes no token of the prompt {texts[number][:80]!r}")

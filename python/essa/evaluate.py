@@ -1,0 +1,82 @@
+"""Evaluation: the mean reward of greedy completions, of the model as it is or of a point of the search."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from essa.data import Prompts
+from essa.models import context_length
+from essa.rewards import Answer, Rewards
+from essa.rollout import generate
+
+
+def check_prompts(
+    dataset: Any,
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase,
+    rewards: Rewards,
+    *,
+    name: str,
+    max_new_tokens: int,
+) -> Prompts:
+    """The dataset as `Prompts` that fit this model's context and have the columns these rewards need.
+
+    Raises:
+        InputError: naming the argument `name`, the row, and what is wrong with it.
+    """
+    context = context_length(model)
+    room = None if context is None else context - max_new_tokens
+    prompts = Prompts.check(dataset, processing_class, name=name, room=room)
+    rewards.check_columns(prompts)
+    return prompts
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    rewards: Rewards,
+    *,
+    space: Any = None,
+    values: torch.Tensor | None = None,
+    max_new_tokens: int,
+    row_budget: int,
+    trainer_state: Any = None,
+) -> dict[str, float]:
+    """Complete every prompt greedily and rate the completions.
+
+    Args:
+        space, values: an `SVDLoRA` and its singular values, float32 [size]; both None takes the model as it is, with
+            whatever adapter is active.
+
+    Returns:
+        `reward`: the mean (with 0/1 rewards, the accuracy); `samples`, `tokens`, `seconds`.
+
+    Raises:
+        RewardError: a reward function failed.
+    """
+    started = time.perf_counter()
+    rollout = generate(
+        model,
+        processing_class,
+        prompts.texts,
+        space=space,
+        values=None if values is None else values[None],
+        max_new_tokens=max_new_tokens,
+        row_budget=row_budget,
+    )
+    answers = [
+        Answer(0, place, completion.text, completion.token_ids)
+        for place, completion in enumerate(rollout.completions[0])
+    ]
+    rated = rewards(prompts, answers, trainer_state)
+    return {
+        "reward": float(rated.mean()),
+        "samples": len(answers),
+        "tokens": rollout.tokens,
+        "seconds": time.perf_counter() - started,
+    }

@@ -1,0 +1,118 @@
+"""Loading a base model, its tokenizer and its LoRA adapter, in one place.
+
+Weights are read from safetensors only, and code that comes with a model is run only when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from essa.config import DTYPES, InputError
+
+MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return picked
+
+
+def load_base(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer, from a local folder or the hub."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = pick_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | None) -> PeftModel:
+    """`model` with the LoRA adapter from a local folder or the hub.
+
+    Raises:
+        InputError: there is no adapter, it is not a LoRA, or it was made for another model.
+    """
+    if adapter is None:
+        raise InputError(f"the model carries no LoRA adapter and none was given (--adapter): {MAKE_ADAPTER}")
+    folder = Path(adapter)
+    if folder.is_dir():
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise InputError(f"adapter {adapter!r} is not a PEFT adapter folder: it has no {file}; {MAKE_ADAPTER}")
+    elif folder.exists() or adapter.startswith((".", "/")):
+        raise InputError(f"adapter {adapter!r} is not a folder; {MAKE_ADAPTER}")
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"adapter {adapter!r} cannot be read: {error}; {MAKE_ADAPTER}") from error
+    if config.peft_type != "LORA":
+        raise InputError(f"adapter {adapter!r} must be a LoRA adapter, got {config.peft_type}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            peft_model = PeftModel.from_pretrained(model, adapter)
+        except Exception as error:
+            raise InputError(f"adapter {adapter!r} does not fit this model: {error}") from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise InputError(f"adapter {adapter!r} does not fit this model: {warning.message}")
+    return peft_model.eval()
+
+
+def has_lora(model: torch.nn.Module) -> bool:
+    return any(config.peft_type == "LORA" for config in getattr(model, "peft_config", {}).values())
+
+
+def context_length(model: torch.nn.Module) -> int | None:
+    """The most positions the model can attend to, or None where its configuration sets no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def fingerprint(model: torch.nn.Module, adapter_name: str) -> dict[str, Any]:
+    """What identifies model and adapter in a checkpoint: digests of the base configuration and the adapter's weights."""
+    config = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(get_peft_model_state_dict(model, adapter_name=adapter_name).items()):
+        weights.update(f"{name} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return {
+        "base_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "adapter": weights.hexdigest(),
+    }

@@ -1,0 +1,469 @@
+"""`ESSATrainer`: align a language model by searching its LoRA adapter's singular values, without gradients.
+
+One generation: the strategy asks for candidates, the whole population answers the same prompts in batched forward
+passes, the reward functions rate the answers, the strategy is told. The call shape is that of TRL's `GRPOTrainer`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+import essa_kernels
+from essa.checkpoint import Run, replace_folder
+from essa.config import ESSAConfig, InputError
+from essa.data import Prompts, PromptSampler
+from essa.evaluate import check_prompts, evaluate
+from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer
+from essa.progress import Progress
+from essa.rewards import Answer, Reward, RewardError, Rewards
+from essa.rollout import generate
+from essa.strategies import make_strategy
+from essa_kernels.nn import SVDLoRA
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+
+
+class ESSATrainer:
+    """Search the singular values of a LoRA adapter for the highest reward.
+
+    Args:
+        model: name or folder of a base model, a `PeftModel`, or a transformers model that carries a LoRA adapter.
+        reward_funcs: one or more reward functions with TRL's signature, built-in names (`exact_match`, `math`) or
+            `path.to.module:function`.
+        args: the settings; None takes the defaults and writes to `<model>-ESSA`.
+        train_dataset: `datasets.Dataset` or list of rows with a `prompt` (text or messages); further columns go to the
+            reward functions.
+        eval_dataset: the same, for evaluating the search's mean; never searched on.
+        processing_class: the tokenizer; None loads the model's own.
+        callbacks: transformers `TrainerCallback`s. One step is one generation.
+        adapter: folder or name of the warm-start LoRA, when `model` does not carry one.
+
+    Raises:
+        InputError: anything given cannot be used. Nothing has been written by then.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | torch.nn.Module,
+        reward_funcs: str | Reward | Sequence[str | Reward],
+        args: ESSAConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = ESSAConfig(output_dir=f"{Path(name).name}-ESSA")
+        self.args = args
+        self.rewards = Rewards(reward_funcs, args.reward_weights)
+        self.model, self.processing_class = _load(model, adapter, processing_class, args)
+        if train_dataset is None:
+            raise InputError("train_dataset must be given")
+        check = functools.partial(
+            check_prompts,
+            model=self.model,
+            processing_class=self.processing_class,
+            rewards=self.rewards,
+            max_new_tokens=args.max_new_tokens,
+        )
+        self.train_prompts: Prompts = check(train_dataset, name="train_dataset")
+        self.eval_prompts: Prompts | None = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
+        self._sampler = PromptSampler(len(self.train_prompts), args.prompts_per_generation, args.seed)
+        adapter_name = _adapter_name(self.model)
+        try:
+            self.space = SVDLoRA.from_peft(self.model, adapter_name)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
+        self._searched = self.space.top(args.alpha)
+        self._fingerprint = fingerprint(self.model, adapter_name)
+        self._strategy = self._new_strategy()
+        self.callbacks = _make_callbacks(callbacks, args.report_to)
+        self.control = TrainerControl()
+        self.about: dict[str, Any] = {}
+        """Further facts for `run.json`, such as the command that started the run."""
+        self._reset()
+        self._emit("on_init_end")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
+        """Run the search and write `output_dir/adapter` and the report.
+
+        Args:
+            resume_from_checkpoint: True, or the run's folder (which must be `output_dir`), to continue a run. Its
+                recorded generations are replayed, so it ends with the same adapter as an uninterrupted run.
+
+        Returns:
+            `generations`, `samples`, `tokens`, `seconds` (of the search, evaluations aside) and, with an evaluation
+            set, `eval_reward_before`, `eval_reward` (of the saved adapter).
+
+        Raises:
+            InputError: the run cannot be started or resumed.
+            RewardError: a reward function failed. The run can be resumed.
+            KeyboardInterrupt: passed on. The run can be resumed.
+        """
+        self._reset()
+        run = self._open_run(resume_from_checkpoint)
+        try:
+            self._replay(run)
+            with Progress(self.args, self.state, enabled=self.args.progress) as progress:
+                self._emit("on_train_begin")
+                try:
+                    self._search(run, progress)
+                except RewardError as error:
+                    raise RewardError(f"{error}\n{self._how_to_resume()}") from error
+                except KeyboardInterrupt:
+                    progress.say(self._how_to_resume())
+                    raise
+                self.values = self._final_values()
+                self.save_model()
+                self.space.load_(self.values)
+                self._emit("on_train_end")
+        finally:
+            run.close()
+        from essa.report import write_report
+
+        write_report(self.args.output_dir)
+        return self._summary()
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy completions of the current mean on `eval_dataset`: `eval_reward` and what it took."""
+        if self.eval_prompts is None:
+            raise InputError("evaluate() needs an eval_dataset")
+        return {f"eval_{name}": value for name, value in self._evaluation().items()}
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the current mean as an ordinary PEFT adapter folder, by default to `args.output_dir/adapter`."""
+        folder = Path(output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(folder, lambda fresh: self.space.save_adapter(self.values, str(fresh)))
+
+    def _new_strategy(self) -> Any:
+        args = self.args
+        name = {} if args.strategy is None else {"name": args.strategy}
+        try:
+            return make_strategy(
+                **name,
+                dim=len(self._searched),
+                population_size=args.population_size,
+                prompts_per_generation=args.prompts_per_generation,
+                sigma=args.sigma,
+                seed=args.seed,
+                lr=args.learning_rate,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def _reset(self) -> None:
+        self._strategy = self._new_strategy()
+        self.values = self.space.spectrum.clone()
+        self.state = TrainerState(
+            max_steps=self.args.generations,
+            logging_steps=self.args.logging_steps,
+            eval_steps=self.args.eval_steps,
+            save_steps=self.args.save_steps,
+        )
+        self.control = TrainerControl()
+        self.samples, self.tokens, self.seconds = 0, 0, 0.0
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self._best_values = self.values
+
+    # The run on disk
+
+    def _open_run(self, resume: str | bool | None) -> Run:
+        directory = Path(self.args.output_dir)
+        if not resume:
+            return Run.create(directory, self._identity(), self._about())
+        if not isinstance(resume, bool) and Path(resume).resolve() != directory.resolve():
+            raise InputError(
+                f"resume_from_checkpoint must be the run's own output_dir {str(directory)!r}, got {str(resume)!r}"
+            )
+        return Run.resume(directory, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "settings": {**self.args.fixed(), "strategy": self._strategy.name},
+            "noise_version": essa_kernels.NOISE_VERSION,
+            "model": {**self._fingerprint, "searched_values": len(self._searched)},
+            "dataset": self.train_prompts.fingerprint(),
+            "eval_dataset": None if self.eval_prompts is None else self.eval_prompts.fingerprint(),
+            "rewards": self.rewards.names,
+        }
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            **self.about,
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "model": self.model.config._name_or_path,
+            "settings": self.args.to_dict(),
+            "environment": essa_kernels.env_report(),
+        }
+
+    def _replay(self, run: Run) -> None:
+        """Bring the search to where the history left it, by asking again and telling what was recorded."""
+        for record in run.records:
+            step = self.state.global_step
+            if "evaluation" in record:
+                self._remember_evaluation(record)
+                continue
+            if record["generation"] != step or record["prompts"] != self._sampler.indices(step):
+                raise InputError(f"the history in {str(run.directory)!r} is not one of this run: at generation {step}")
+            if _digest(self._strategy.ask(step)) != record["candidates"]:
+                logger.warning(
+                    "generation %d: the replayed candidates differ from the recorded ones (another machine or other "
+                    "library versions?); the run continues, but not bit for bit as it would have",
+                    step,
+                )
+            self._tell(record)
+        if self.state.global_step > self.args.generations:
+            raise InputError(
+                f"generations must be at least the {self.state.global_step} the run already has, "
+                f"got {self.args.generations}"
+            )
+
+    def _how_to_resume(self) -> str:
+        folder = self.args.output_dir
+        return (
+            f"Stopped after generation {self.state.global_step} of {self.args.generations}. Nothing told so far is "
+            f"lost; resume with `essa align --resume_from_checkpoint {folder}`, or with "
+            f"trainer.train(resume_from_checkpoint=True) on the same trainer settings."
+        )
+
+    # The search
+
+    def _search(self, run: Run, progress: Progress) -> None:
+        if 0 not in self.evaluations:
+            self._evaluate(run, progress)
+        while self.state.global_step < self.args.generations and not self.control.should_training_stop:
+            self._emit("on_step_begin")
+            metrics = self._generation(run)
+            step = self.state.global_step
+            args = self.args
+            last = step == args.generations
+            self.control.should_log = step % args.logging_steps == 0 or last
+            self.control.should_evaluate = args.eval_steps > 0 and step % args.eval_steps == 0
+            self.control.should_save = args.save_steps > 0 and step % args.save_steps == 0
+            self._emit("on_step_end")
+            if self.control.should_evaluate:
+                metrics |= self._evaluate(run, progress)
+            progress.update(metrics)
+            if self.control.should_log:
+                self._log(metrics)
+                progress.log(metrics)
+            if self.control.should_save:
+                self.save_model()
+                self._emit("on_save")
+        if self.state.global_step not in self.evaluations:
+            self._evaluate(run, progress)
+
+    def _generation(self, run: Run) -> dict[str, float]:
+        started = time.perf_counter()
+        step = self.state.global_step
+        chosen = self._sampler.indices(step)
+        offsets = self._strategy.ask(step)
+        rollout = generate(
+            self.model,
+            self.processing_class,
+            [self.train_prompts.texts[i] for i in chosen],
+            space=self.space,
+            values=self._values(offsets),
+            assignment=self._strategy.assignment,
+            max_new_tokens=self.args.max_new_tokens,
+            temperature=self.args.temperature,
+            seed=self.args.seed,
+            generation=step,
+            row_budget=self.args.row_budget,
+        )
+        answers = self._answers(rollout.completions, chosen)
+        rewards = self.rewards(self.train_prompts, answers, self.state).reshape(len(offsets), -1)
+        record = {
+            "generation": step,
+            "prompts": chosen,
+            "candidates": _digest(offsets),
+            "rewards": rewards.tolist(),
+            "samples": len(answers),
+            "tokens": rollout.tokens,
+            "rollout_seconds": rollout.seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        run.append(record)
+        self._tell(record)
+        return {**self._metrics(record), **self.rewards.metrics}
+
+    def _values(self, offsets: np.ndarray) -> torch.Tensor:
+        """Singular values for offsets [members, dim]: float32 [members, size]."""
+        offsets = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32))
+        start = self.space.spectrum[self._searched]
+        searched = start + offsets if self.args.offset_mode == "absolute" else start * (1.0 + offsets)
+        values = self.space.spectrum.repeat(len(offsets), 1)
+        values[:, self._searched] = searched
+        return values
+
+    def _answers(self, completions: list[list[Any]], chosen: list[int]) -> list[Answer]:
+        per_prompt = max(1, len(completions) // len(chosen))
+        return [
+            Answer(
+                member=member,
+                prompt=chosen[member // per_prompt if self._strategy.assignment == "per_prompt" else place],
+                text=completion.text,
+                token_ids=completion.token_ids,
+            )
+            for member, row in enumerate(completions)
+            for place, completion in enumerate(row)
+        ]
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        self._strategy.tell(record["generation"], np.array(record["rewards"], dtype=np.float64))
+        self.values = self._values(self._strategy.mean[None])[0]
+        self.samples += record["samples"]
+        self.tokens += record["tokens"]
+        self.seconds += record["seconds"]
+        self.state.global_step = record["generation"] + 1
+        self.state.epoch = self._sampler.epoch(self.state.global_step)
+
+    def _metrics(self, record: dict[str, Any]) -> dict[str, float]:
+        rewards = np.array(record["rewards"])
+        # A member that answers a single prompt has no mean of its own to be the best of.
+        best = {} if self._strategy.assignment == "per_prompt" else {"reward_best": float(rewards.mean(axis=1).max())}
+        return {
+            "reward": float(rewards.mean()),
+            **best,
+            "reward_std": float(rewards.mean(axis=1).std()),
+            "sigma": float(self._strategy.sigma),
+            "completions/mean_length": record["tokens"] / record["samples"],
+            "samples": self.samples,
+            "num_tokens": self.tokens,
+            "samples_per_second": record["samples"] / record["seconds"],
+            "tokens_per_second": record["tokens"] / record["seconds"],
+            "step_time": record["seconds"],
+        }
+
+    # Evaluation
+
+    def _evaluate(self, run: Run, progress: Progress) -> dict[str, float]:
+        if self.eval_prompts is None:
+            return {}
+        record = {"step": self.state.global_step, "samples": self.samples, "evaluation": self._evaluation()}
+        run.append(record)
+        self._remember_evaluation(record)
+        metrics = {f"eval_{name}": value for name, value in record["evaluation"].items()}
+        progress.evaluated(metrics)
+        self._emit("on_evaluate", metrics=metrics)
+        return metrics
+
+    def _evaluation(self) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.processing_class,
+            self.eval_prompts,
+            self.rewards,
+            space=self.space,
+            values=self.values,
+            max_new_tokens=self.args.max_new_tokens,
+            row_budget=self.args.row_budget,
+            trainer_state=self.state,
+        )
+
+    def _remember_evaluation(self, record: dict[str, Any]) -> None:
+        step, evaluation = record["step"], record["evaluation"]
+        self.evaluations[step] = evaluation
+        if self.state.best_metric is None or evaluation["reward"] > self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = evaluation["reward"], step
+            self._best_values = self.values
+
+    def _final_values(self) -> torch.Tensor:
+        take_best = self.args.load_best_model_at_end and self.evaluations
+        return self._best_values if take_best else self.values
+
+    def _summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "generations": self.state.global_step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        if self.evaluations:
+            last = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+            summary["eval_reward_before"] = self.evaluations[0]["reward"]
+            summary["eval_reward"] = self.evaluations[last]["reward"]
+        return summary
+
+    # Callbacks
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        logs = {**metrics, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._emit("on_log", logs=logs)
+
+    def _emit(self, event: str, **arguments: Any) -> None:
+        for callback in self.callbacks:
+            handler: Callable = getattr(callback, event)
+            result = handler(
+                self.args,
+                self.state,
+                self.control,
+                model=self.model,
+                processing_class=self.processing_class,
+                **arguments,
+            )
+            if result is not None:
+                self.control = result
+
+
+def _load(
+    model: Any, adapter: str | None, processing_class: Any, args: ESSAConfig
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    if isinstance(model, str):
+        base, tokenizer = load_base(model, dtype=args.dtype, device=args.device)
+        return load_adapter(base, adapter), processing_class or tokenizer
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
+    if has_lora(model) and adapter is not None:
+        raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
+    if not has_lora(model):
+        model = load_adapter(model, adapter)
+    return model.eval(), processing_class or load_tokenizer(model.config._name_or_path)
+
+
+def _adapter_name(model: torch.nn.Module) -> str:
+    active = model.active_adapters
+    active = active() if callable(active) else active
+    if len(active) != 1:
+        raise InputError(f"exactly one LoRA adapter must be active, got {', '.join(map(repr, active)) or 'none'}")
+    return active[0]
+
+
+def _make_callbacks(
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None, report_to: str
+) -> list[TrainerCallback]:
+    wanted = list(callbacks or [])
+    if report_to != "none":
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        wanted += get_reporting_integration_callbacks([report_to])
+    try:
+        made = [callback() if isinstance(callback, type) else callback for callback in wanted]
+    except (RuntimeError, ImportError) as error:
+        raise InputError(f"report_to {report_to!r} needs `pip install {report_to}`: {error}") from error
+    for callback in made:
+        if not isinstance(callback, TrainerCallback):
+            raise InputError(f"callbacks must be transformers TrainerCallbacks, got {type(callback).__name__}")
+    return made
+
+
+def _digest(offsets: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(offsets, dtype="<f4").tobytes()).hexdigest()[:16]
