@@ -57,7 +57,7 @@ def compiled_module_error() -> str | None:
         return "the compiled module essa_kernels._C was not built"
     try:
         importlib.import_module("essa_kernels._C")
-    except Exception as error:  # whatever stops it is the reason the user needs to see
+    except ImportError as error:
         return f"the compiled module essa_kernels._C does not load: {error}"
     return None
 
@@ -68,7 +68,9 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return None
     if backend == "triton":
         if device_type != "cuda" and not (device_type == "cpu" and triton_interprets()):
-            return f"Triton takes cuda tensors, and cpu tensors only under TRITON_INTERPRET=1, not {device_type} tensors"
+            return (
+                f"Triton takes cuda tensors, and cpu tensors only under TRITON_INTERPRET=1, not {device_type} tensors"
+            )
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if device_type == "cuda" and not torch.cuda.is_available():

@@ -18,7 +18,8 @@ Expected = tuple[str, Tensor, torch.dtype, str, tuple[int, ...]]
 def register(schema: str, run: Callable, fake: Callable) -> Callable:
     """Define an op with its computation on real tensors and on fake ones; return what calls it."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    # Inductor must not hand over other strides than the checks saw in eager mode.
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"essa::{name}", fake, lib=LIBRARY)
@@ -28,31 +29,28 @@ def register(schema: str, run: Callable, fake: Callable) -> Callable:
 def check_tensors(op: str, device: torch.device, tensors: Iterable[Expected]) -> None:
     """Raise unless every tensor is contiguous on ``device`` with its dtype and shape."""
     for name, tensor, dtype, dims, shape in tensors:
-        if tensor.dtype is dtype and tensor.shape == shape and tensor.device == device and tensor.is_contiguous():
-            continue
-        check_kind(op, name, tensor, dtype, device)
-        check_shape(op, name, tensor, dims, shape)
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+        check_tensor(op, name, tensor, dtype, device, dims, shape)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
 
 
-def check_kind(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless the tensor has the dtype and is on the device."""
+def check_tensor(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, dims: str, shape: tuple[int, ...]
+) -> None:
+    """Raise unless the tensor has the dtype, is on the device and has the shape, whose dimensions ``dims`` names."""
     if tensor.dtype is not dtype:
         raise ValueError(f"{op}: {name} must have dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
-
-
-def check_shape(op: str, name: str, tensor: Tensor, dims: str, shape: tuple[int, ...]) -> None:
-    """Raise unless the tensor has the shape, whose dimensions are named by ``dims``."""
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} must have shape [{dims}] = {list(shape)}, got {list(tensor.shape)}")
 
 
-def check_rank(op: str, name: str, tensor: Tensor, dims: str, rank: int) -> None:
-    """Raise unless the tensor has ``rank`` dimensions, none of them but the first empty."""
-    if tensor.dim() != rank or 0 in tensor.shape[1:]:
-        raise ValueError(f"{op}: {name} must have shape [{dims}], got {list(tensor.shape)}")
+def check_dims(op: str, name: str, tensor: Tensor, dims: tuple[str, ...], may_be_empty: bool = False) -> None:
+    """Raise unless the tensor has these dimensions, all at least 1; the first one may be 0 if ``may_be_empty``."""
+    if tensor.dim() != len(dims) or 0 in (tensor.shape[1:] if may_be_empty else tensor.shape):
+        at_least = ", ".join(f"{dim} >= {int(not may_be_empty or dim is not dims[0])}" for dim in dims)
+        raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}] with {at_least}, got {list(tensor.shape)}")
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:

@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .registration import (
-    DTYPES,
-    Expected,
-    check_kind,
-    check_no_grad,
-    check_rank,
-    check_shape,
-    check_tensors,
-    register,
-)
+from .registration import DTYPES, check_dims, check_no_grad, check_tensor, check_tensors, register
 
 
 def svd_lora(
@@ -36,10 +27,11 @@ def svd_lora(
     ``y += u_b (s_b[m] * (core (s_a[m] * (v_a x))))``, where core = V_B^T U_A. Sums are in float32. No backward.
 
     Args:
-        x: [..., d_in], float32, bfloat16 or float16; leading dimensions are flattened into rows; any strides.
+        x: [..., d_in], float32, bfloat16 or float16; leading dimensions are flattened into rows. Any strides, but
+            elements of a row that are not adjacent cost a copy.
         v_a: [r_a, d_in], x's dtype: V_A^T.
         core: [r_b, r_a], float32.
-        u_b: [d_out, r_b], x's dtype.
+        u_b: [d_out, r_b], x's dtype; either dimension may be the contiguous one.
         s_a: [members, r_a], float32.
         s_b: [members, r_b], float32, with LoRA's scaling folded in.
         offsets: [members + 1], int64: member m owns rows offsets[m] .. offsets[m + 1] - 1. Starts with 0, never
@@ -49,7 +41,7 @@ def svd_lora(
             It must not share memory with x. By default zeros.
         backend: "cpu", "cuda", "triton" or "reference"; by default the best available (see `explain`).
 
-    All tensors are on one device; all but x and y are contiguous. Sizes are >= 1, but rows and members may be 0.
+    All tensors are on one device; all but x, u_b and y are contiguous. Sizes are >= 1, but rows and members may be 0.
 
     Returns:
         y, or without it a new [..., d_out] tensor that holds the delta alone.
@@ -98,8 +90,8 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
 
     Args:
         y: [..., d_out], float32, bfloat16 or float16, as in `svd_lora`.
-        h: [rows, r_b], float32, from `svd_lora_shrink`, or some of its columns.
-        u_b: [d_out, r_b], y's dtype, contiguous.
+        h: [rows, r_b], float32, from `svd_lora_shrink`, or a range of its columns.
+        u_b: [d_out, r_b], y's dtype; either dimension may be the contiguous one.
         backend: as in `svd_lora`.
 
     Returns:
@@ -112,44 +104,61 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
     return y
 
 
-def _check_shrink(op, x, v_a, core, s_a, s_b, offsets) -> None:
+def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: x must have dtype float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x must have shape [..., d_in], got {list(x.shape)}")
-    check_rank(op, "v_a", v_a, "r_a, d_in", 2)
-    check_rank(op, "core", core, "r_b, r_a", 2)
-    check_rank(op, "s_a", s_a, "members, r_a", 2)
-    (r_a, r_b), members = (v_a.shape[0], core.shape[0]), s_a.shape[0]
-    expected: tuple[Expected, ...] = (
-        ("v_a", v_a, x.dtype, "r_a, d_in", (r_a, x.shape[-1])),
-        ("core", core, torch.float32, "r_b, r_a", (r_b, r_a)),
-        ("s_a", s_a, torch.float32, "members, r_a", (members, r_a)),
-        ("s_b", s_b, torch.float32, "members, r_b", (members, r_b)),
-        ("offsets", offsets, torch.int64, "members + 1", (members + 1,)),
+    _check_rows(op, "x", x, "d_in")
+    check_dims(op, "v_a", v_a, ("r_a", "d_in"))
+    check_dims(op, "core", core, ("r_b", "r_a"))
+    check_dims(op, "s_a", s_a, ("members", "r_a"), may_be_empty=True)
+    r_a, r_b, members = v_a.shape[0], core.shape[0], s_a.shape[0]
+    check_tensors(
+        op,
+        x.device,
+        (
+            ("v_a", v_a, x.dtype, "r_a, d_in", (r_a, x.shape[-1])),
+            ("core", core, torch.float32, "r_b, r_a", (r_b, r_a)),
+            ("s_a", s_a, torch.float32, "members, r_a", (members, r_a)),
+            ("s_b", s_b, torch.float32, "members, r_b", (members, r_b)),
+            ("offsets", offsets, torch.int64, "members + 1", (members + 1,)),
+        ),
     )
-    check_tensors(op, x.device, expected)
+
+
+def _check_expand(op: str, y: Tensor, u_b: Tensor, r_b: int) -> None:
+    check_no_grad(op, y=y, u_b=u_b)
+    _check_rows(op, "y", y, "d_out")
+    check_dims(op, "u_b", u_b, ("d_out", "r_b"))
+    check_tensor(op, "u_b", u_b, y.dtype, y.device, "d_out, r_b", (y.shape[-1], r_b))
+    if not (u_b.is_contiguous() or u_b.mT.is_contiguous()):
+        raise ValueError(f"{op}: u_b or its transpose must be contiguous, got strides {list(u_b.stride())}")
+
+
+def _check_svd_lora(
+    y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
+) -> None:
+    _check_shrink("svd_lora", x, v_a, core, s_a, s_b, offsets)
+    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
+    check_tensor("svd_lora", "y", y, x.dtype, x.device, "..., d_out", (*x.shape[:-1], u_b.shape[0]))
+    _check_expand("svd_lora", y, u_b, core.shape[0])
+
+
+def _check_rows(op: str, name: str, tensor: Tensor, size: str) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} must have dtype float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must have shape [..., {size}] with {size} >= 1, got {list(tensor.shape)}")
 
 
 def _check_offsets(op: str, offsets: Tensor, rows: int) -> None:
-    """On the CPU only: looking at a GPU's memory would wait for it."""
     if not offsets.is_cpu:
-        return
+        return  # to look at a GPU's memory is to wait for it
     values = offsets.tolist()
-    if values[0] == 0 and values[-1] == rows and values == sorted(values):
-        return
     if values[0] != 0 or values[-1] != rows:
-        raise ValueError(f"{op}: offsets must start with 0 and end with rows = {rows}, got {values[0]} and {values[-1]}")
-    m = next(m for m in range(len(values) - 1) if values[m] > values[m + 1])
-    raise ValueError(f"{op}: offsets must not descend, got offsets[{m}] = {values[m]}, offsets[{m + 1}] = {values[m + 1]}")
-
-
-def _check_expand(op, y, u_b, r_b) -> None:
-    check_rank(op, "u_b", u_b, "d_out, r_b", 2)
-    if u_b.shape[0] == 0:
-        raise ValueError(f"{op}: u_b must have shape [d_out, r_b], got {list(u_b.shape)}")
-    check_tensors(op, y.device, (("u_b", u_b, y.dtype, "d_out, r_b", (u_b.shape[0], r_b)),))
+        got = f"{values[0]} and {values[-1]}"
+        raise ValueError(f"{op}: offsets must start with 0 and end with the number of rows, {rows}, got {got}")
+    if values != sorted(values):
+        m = next(m for m in range(len(values) - 1) if values[m] > values[m + 1])
+        raise ValueError(f"{op}: offsets must not descend, got {values[m]}, {values[m + 1]} at member {m}")
 
 
 def _rows_of_x(x: Tensor) -> Tensor:
@@ -158,70 +167,83 @@ def _rows_of_x(x: Tensor) -> Tensor:
 
 
 def _rows_of_y(op: str, y: Tensor) -> Tensor:
-    if y.stride(-1) == 1 or y.shape[-1] == 1:
-        try:
-            return y if y.dim() == 2 else y.view(-1, y.shape[-1])
-        except RuntimeError:
-            pass
-    raise ValueError(f"{op}: y must be rows of adjacent elements at one stride, got strides {list(y.stride())}")
+    try:
+        rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
+        raise ValueError(f"{op}: y must be rows of adjacent elements at one stride, got strides {list(y.stride())}")
+    return rows
 
 
 def _run(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
+    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
     y = x.new_zeros(*x.shape[:-1], u_b.shape[0])
     _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend)
     return y
 
 
 def _fake(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], u_b.shape[0])
+    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
+    y = x.new_empty(*x.shape[:-1], u_b.shape[0])
+    _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
+    return y
 
 
 def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
+    _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
     implementation = dispatch.resolve("svd_lora", x.device.type, backend)
-    _check_shrink("svd_lora", x, v_a, core, s_a, s_b, offsets)
-    _check_expand("svd_lora", y, u_b, core.shape[0])
-    rows = _rows_of_x(x)
-    _check_offsets("svd_lora", offsets, rows.shape[0])
-    implementation(_rows_of_y("svd_lora", y), rows, v_a, core, u_b, s_a, s_b, offsets)
+    x, y = _rows_of_x(x), _rows_of_y("svd_lora", y)
+    _check_offsets("svd_lora", offsets, x.shape[0])
+    if x.shape[0]:
+        implementation(y, x, v_a, core, u_b, s_a, s_b, offsets)
 
 
 def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
-    return None
+    _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
 
 
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
-    implementation = dispatch.resolve("svd_lora_shrink", x.device.type, backend)
     _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
-    rows = _rows_of_x(x)
-    _check_offsets("svd_lora_shrink", offsets, rows.shape[0])
-    h = rows.new_empty(rows.shape[0], core.shape[0], dtype=torch.float32)
-    implementation(h, rows, v_a, core, s_a, s_b, offsets)
+    implementation = dispatch.resolve("svd_lora_shrink", x.device.type, backend)
+    x = _rows_of_x(x)
+    _check_offsets("svd_lora_shrink", offsets, x.shape[0])
+    h = x.new_empty(x.shape[0], core.shape[0], dtype=torch.float32)
+    if x.shape[0]:
+        implementation(h, x, v_a, core, s_a, s_b, offsets)
     return h
 
 
 def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
+    _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
     return x.new_empty(x.numel() // x.shape[-1], core.shape[0], dtype=torch.float32)
 
 
-def _run_expand(y, h, u_b, backend=None) -> None:
+def _check_expand_(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
+    op = "svd_lora_expand_"
+    check_no_grad(op, h=h)
+    check_dims(op, "h", h, ("rows", "r_b"), may_be_empty=True)
+    _check_expand(op, y, u_b, h.shape[1])
+    rows = y.numel() // y.shape[-1]
+    check_tensor(op, "h", h, torch.float32, y.device, "rows, r_b", (rows, h.shape[1]))
+    if h.stride(1) != 1:
+        raise ValueError(f"{op}: h must be rows of adjacent elements, got strides {list(h.stride())}")
+
+
+def _run_expand_(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
+    _check_expand_(y, h, u_b)
     implementation = dispatch.resolve("svd_lora_expand_", y.device.type, backend)
-    implementation(_rows_of_y("svd_lora_expand_", y), h, u_b)
+    y = _rows_of_y("svd_lora_expand_", y)
+    if y.shape[0]:
+        implementation(y, h, u_b)
 
 
-def _fake_expand(y, h, u_b, backend=None) -> None:
-    return None
+_SHRINK_ARGUMENTS = "Tensor x, Tensor v_a, Tensor core, Tensor s_a, Tensor s_b, Tensor offsets, str? backend=None"
+_ARGUMENTS = _SHRINK_ARGUMENTS.replace("core,", "core, Tensor u_b,")
 
-
-_SHARED = "Tensor core, Tensor u_b, Tensor s_a, Tensor s_b, Tensor offsets, str? backend=None"
-_svd_lora_op = register(f"svd_lora(Tensor x, Tensor v_a, {_SHARED}) -> Tensor", _run, _fake)
-_svd_lora_inplace_op = register(
-    f"svd_lora_(Tensor(a!) y, Tensor x, Tensor v_a, {_SHARED}) -> ()", _run_inplace, _fake_inplace
-)
-_shrink_op = register(
-    "svd_lora_shrink(Tensor x, Tensor v_a, Tensor core, Tensor s_a, Tensor s_b, Tensor offsets, str? backend=None) -> Tensor",
-    _run_shrink,
-    _fake_shrink,
-)
+_svd_lora_op = register(f"svd_lora({_ARGUMENTS}) -> Tensor", _run, _fake)
+_svd_lora_inplace_op = register(f"svd_lora_(Tensor(a!) y, {_ARGUMENTS}) -> ()", _run_inplace, _fake_inplace)
+_shrink_op = register(f"svd_lora_shrink({_SHRINK_ARGUMENTS}) -> Tensor", _run_shrink, _fake_shrink)
 _expand_op = register(
-    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand, _fake_expand
+    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand_, _check_expand_
 )
