@@ -1,0 +1,200 @@
+"""A population attached to a model: what the forward of a LoRA layer becomes while it is attached."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import svd_lora, svd_lora_expand_, svd_lora_shrink
+from .factors import Factors
+
+# Layers of one module that its forward gives the same tensor.
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+class Population:
+    """Which rows of the batch belong to which member. Made by `SVDLoRA.attach`."""
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._rows = 0
+        self._offsets: Tensor | None = None
+        self._scaled: dict[tuple[int, torch.device], Tensor] = {}
+
+    def assign(self, offsets: Tensor) -> None:
+        """Say whose row is whose; to be called before the first forward and whenever the batch changes.
+
+        Args:
+            offsets: [members + 1], int64: member m owns the sequences offsets[m] .. offsets[m + 1] - 1 of the batch.
+                Starts with 0, never descends, ends with the number of sequences; members may own none.
+
+        Raises:
+            ValueError: offsets are not that.
+        """
+        if not isinstance(offsets, Tensor) or offsets.dtype is not torch.int64 or offsets.dim() != 1:
+            raise ValueError(f"offsets must be a tensor of shape [members + 1] and dtype torch.int64, got {offsets!r}")
+        if offsets.shape[0] != self.members + 1:
+            raise ValueError(
+                f"offsets must have shape [members + 1] = [{self.members + 1}], got {list(offsets.shape)}"
+            )
+        offsets = offsets.to("cpu", copy=True)
+        if offsets[0] != 0 or (offsets.diff() < 0).any():
+            raise ValueError(f"offsets must start with 0 and never descend, got {offsets.tolist()}")
+        self._offsets = offsets
+        self._rows = int(offsets[-1])
+        self._scaled.clear()
+
+    def offsets_for(self, x: Tensor) -> Tensor:
+        """The offsets of the tokens in x [batch, sequence, d] or [batch * sequence, d], on x's device."""
+        key = (x.numel() // x.shape[-1], x.device)
+        scaled = self._scaled.get(key)
+        return self._scale(*key) if scaled is None else scaled
+
+    def _scale(self, tokens: int, device: torch.device) -> Tensor:
+        if self._offsets is None:
+            raise RuntimeError("population.assign(offsets) must be called before the model's forward")
+        if tokens % self._rows if self._rows else tokens:
+            raise ValueError(
+                f"offsets must cover the batch: they end with {self._rows} sequences, the batch has {tokens} tokens"
+            )
+        length = tokens // self._rows if self._rows else 0
+        scaled = self._scaled[tokens, device] = (self._offsets * length).to(device)
+        return scaled
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLayer:
+    """One LoRA layer of the model and where its singular values are among the coordinates of a member."""
+
+    name: str
+    module: Any
+    factors: Factors
+    columns_a: slice
+    columns_b: slice
+
+
+class Projections:
+    """Adapted layers that are given the same tensor, or one layer alone: their part of the model that members share."""
+
+    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
+        self.layers = layers
+        self.core = torch.block_diag(*(layer.factors.core for layer in layers))
+        self.ranks_b = [layer.factors.core.shape[0] for layer in layers]
+        self._casts: dict[torch.device, dict[torch.dtype, tuple[Tensor, list[Tensor]]]] = {}
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """The stacked v_a [sum k_a, d_in] and each layer's u_b [d_out, k_b] in the activations' dtype."""
+        casts = self._casts.setdefault(device, {})
+        if dtype not in casts:
+            v_a = [layer.factors.v_a for layer in self.layers]
+            stacked = v_a[0] if len(v_a) == 1 else torch.cat(v_a)
+            u_b = [layer.factors.u_b.to(device, dtype) for layer in self.layers]
+            casts[dtype] = stacked.to(device, dtype), u_b
+        return casts[dtype]
+
+    def forwards(
+        self, population: Population, values: Tensor, adapter_name: str
+    ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+        """Each layer with its forward for singular values [members, size], LoRA's scaling folded in."""
+        device = self.layers[0].module.lora_A[adapter_name].weight.device
+        s_a = torch.cat([values[:, layer.columns_a] for layer in self.layers], 1).to(device)
+        s_b = torch.cat([values[:, layer.columns_b] for layer in self.layers], 1).to(device)
+        shrink = Shrink(population, self, device, self.core.to(device), s_a, s_b)
+        if len(self.layers) == 1:
+            return [(self.layers[0].module, lone_forward(self.layers[0].module.base_layer, shrink))]
+        return [
+            (layer.module, shared_forward(layer.module.base_layer, shrink, position))
+            for position, layer in enumerate(self.layers)
+        ]
+
+
+class Shrink:
+    """The half of `svd_lora` up to u_b, computed once for all projections of the same tensor.
+
+    The first projection to see a tensor computes every projection's h, the others take theirs. That they see the same
+    tensor, unchanged, is checked and not assumed: a projection that sees another one starts anew with it. The tensor is
+    held only until the last projection has taken its h.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        projections: Projections,
+        device: torch.device,
+        core: Tensor,
+        s_a: Tensor,
+        s_b: Tensor,
+    ) -> None:
+        self.offsets_for = population.offsets_for
+        self.cast = functools.partial(projections.cast, device=device)
+        self.core, self.s_a, self.s_b = core, s_a, s_b
+        self.ranks_b = projections.ranks_b
+        self.x: Tensor | None = None
+        self.version: int | None = None
+        self.h: list[Tensor | None] = []
+        self.waiting = 0
+
+    def take(self, position: int, x: Tensor) -> Tensor:
+        """h [rows, k_b], float32, of one projection."""
+        if x is not self.x or self.h[position] is None or _version(x) != self.version:
+            self._compute(x)
+        h = self.h[position]
+        self.h[position] = None
+        self.waiting -= 1
+        if not self.waiting:
+            self.x = None
+        return h
+
+    def _compute(self, x: Tensor) -> None:
+        v_a, _ = self.cast(x.dtype)
+        h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, self.offsets_for(x))
+        self.h = list(h.split(self.ranks_b, 1))
+        self.x, self.version, self.waiting = x, _version(x), len(self.h)
+
+
+def _version(x: Tensor) -> int | None:
+    """Counts the in-place changes of a tensor; inference tensors have no such count."""
+    return None if x.is_inference() else x._version
+
+
+def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = base_layer(x, *args, **kwargs)
+        _, u_b = shrink.cast(y.dtype)
+        return svd_lora_expand_(y, shrink.take(position, x), u_b[position])
+
+    return forward
+
+
+def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Callable[..., Tensor]:
+    cast, core, s_a, s_b, offsets_for = shrink.cast, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = base_layer(x, *args, **kwargs)
+        v_a, (u_b,) = cast(x.dtype)
+        if y.dtype is x.dtype:
+            return svd_lora(x, v_a, core, u_b, s_a, s_b, offsets_for(x), y)
+        h = svd_lora_shrink(x, v_a, core, s_a, s_b, offsets_for(x))
+        return svd_lora_expand_(y, h, cast(y.dtype)[1][0])
+
+    return forward
+
+
+def group(layers: Sequence[AdaptedLayer]) -> list[Projections]:
+    """The layers, those that by their names are given the same tensor together."""
+    groups: dict[Any, list[AdaptedLayer]] = {}
+    for layer in layers:
+        parent, _, leaf = layer.name.rpartition(".")
+        family = next((family for family in SHARED_INPUT if leaf in family), leaf)
+        groups.setdefault((parent, family, layer.factors.v_a.shape[1]), []).append(layer)
+    return [Projections(group) for group in groups.values()]
