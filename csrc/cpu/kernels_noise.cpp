@@ -8,27 +8,18 @@ namespace cpu {
 namespace ESSA_ISA {
 namespace {
 
-template <bool Stream>
-ESSA_INLINE void put(float* p, vf a) {
-  if (Stream) stream(p, a);
-  else store(p, a);
-}
-
 void gaussian_tile(const Philox& philox, uint32_t first_block, vi flip, float* out) {
 #pragma GCC unroll 4
   for (int lane = 0; lane < noise::kTileBlocks; lane += W) {
-    const WordVectors x = Philox::words(philox, first_block + lane);
     vf z[4];
-    box_muller(x.w[0], x.w[1], flip, z[0], z[1]);
-    box_muller(x.w[2], x.w[3], flip, z[2], z[3]);
+    normals(Philox::words(philox, first_block + lane), flip, z);
     for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
   }
 }
 
 // one: +1 or -1 in every lane; a set bit flips it
-template <bool Stream>
 void rademacher_tile(const Philox& philox, uint32_t first_block, vi one, float* out) {
-  constexpr int kVectors = 16 / W;
+  constexpr int kVectors = noise::kTileBlocks / W;
   vi words[4][kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const WordVectors x = Philox::words(philox, first_block + v * W);
@@ -36,19 +27,19 @@ void rademacher_tile(const Philox& philox, uint32_t first_block, vi one, float* 
   }
   const vi sign = seti(0x80000000u);
   for (int bit = 0; bit < 32; ++bit, out += 64) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int word = 0; word < 4; ++word) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         vi& w = words[word][v];
-        put<Stream>(out + word * 16 + v * W, as_float(xori(andi(w, sign), one)));
+        store(out + word * 16 + v * W, as_float(xori(andi(w, sign), one)));
         w = addi(w, w);
       }
     }
   }
 }
 
-// Calls tile(block, destination) for each tile of [first, last); a row's ragged last tile goes through a buffer.
+// Calls fill(block, destination) for the tiles [first, last); a row's ragged last tile goes through a buffer.
 template <int Tile, class Fill>
 ESSA_INLINE void for_each_tile(const NoiseArgs& args, int64_t first, int64_t last, Fill fill) {
   alignas(64) float buffer[Tile];
@@ -84,9 +75,8 @@ void gaussian(const NoiseArgs& args, int64_t first, int64_t last) {
 void rademacher(const NoiseArgs& args, int64_t first, int64_t last) {
   const Philox philox(args.key, noise::kRademacher);
   const vi one = seti(args.negate ? 0xbf800000u : 0x3f800000u);
-  for_each_tile<noise::kRademacherTile>(args, first, last, [&](uint32_t block, float* out) {
-    rademacher_tile<false>(philox, block, one, out);
-  });
+  for_each_tile<noise::kRademacherTile>(
+      args, first, last, [&](uint32_t block, float* out) { rademacher_tile(philox, block, one, out); });
 }
 
 }  // namespace ESSA_ISA

@@ -28,7 +28,6 @@ ESSA_INLINE vf set1(float a) { return _mm512_set1_ps(a); }
 ESSA_INLINE vf zero() { return _mm512_setzero_ps(); }
 ESSA_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 ESSA_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a); }
-ESSA_INLINE void stream(float* p, vf a) { _mm512_stream_ps(p, a); }
 ESSA_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 ESSA_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 ESSA_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -90,7 +89,6 @@ ESSA_INLINE vf set1(float a) { return _mm256_set1_ps(a); }
 ESSA_INLINE vf zero() { return _mm256_setzero_ps(); }
 ESSA_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 ESSA_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a); }
-ESSA_INLINE void stream(float* p, vf a) { _mm256_stream_ps(p, a); }
 ESSA_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 ESSA_INLINE vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 ESSA_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -161,7 +159,6 @@ ESSA_INLINE vf load(const float* p) {
   return a;
 }
 ESSA_INLINE void store(float* p, vf a) { __builtin_memcpy(p, &a, 16); }
-ESSA_INLINE void stream(float* p, vf a) { store(p, a); }
 ESSA_INLINE vf add(vf a, vf b) { return a + b; }
 ESSA_INLINE vf sub(vf a, vf b) { return a - b; }
 ESSA_INLINE vf mul(vf a, vf b) { return a * b; }
