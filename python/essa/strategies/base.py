@@ -1,0 +1,57 @@
+"""What a search strategy is, and the one source of its randomness."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+import essa_kernels
+from essa_kernels.noise import STRATEGY_SITE
+
+
+class Strategy(Protocol):
+    """Ask for candidates, evaluate them, tell their rewards; generations count up from 0.
+
+    A strategy keeps no other state than what its arguments and the rewards told so far decide, and draws its noise by
+    generation, so asking and telling again from the start rebuilds it bit for bit.
+
+    Attributes:
+        name: the name `make_strategy` knows it by.
+        assignment: "all" - every member answers every prompt of the generation; "per_prompt" - the members are split
+            evenly among the prompts, in order, and each answers only its own.
+        mean: float64 [dim], the current solution as an offset from the start.
+        sigma: the current step size.
+    """
+
+    name: str
+    assignment: str
+    mean: np.ndarray
+    sigma: float
+
+    def ask(self, generation: int) -> np.ndarray:
+        """The members' offsets from the start: float32 [members, dim]."""
+        ...
+
+    def tell(self, generation: int, rewards: np.ndarray) -> None:
+        """Learns from the members' rewards, higher is better: float64 [members, prompts] ([members, 1] for
+        "per_prompt"), in the order of `ask`."""
+        ...
+
+
+def standard_normal(shape: tuple[int, int], seed: int, generation: int) -> np.ndarray:
+    """A generation's standard normals: float64 [rows, cols], from the noise contract."""
+    key = essa_kernels.NoiseKey(seed, generation, STRATEGY_SITE)
+    return essa_kernels.gaussian(shape, key, device="cpu").numpy().astype(np.float64)
+
+
+def check_rewards(rewards: np.ndarray, members: int, prompts: int | None = None) -> np.ndarray:
+    """`rewards` as float64 [members, prompts], or a ValueError that says what is wrong with them."""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    wanted = f"[{members}, {'prompts' if prompts is None else prompts}]"
+    if rewards.ndim != 2 or len(rewards) != members or rewards.shape[1] != (prompts or rewards.shape[1]):
+        raise ValueError(f"rewards: got shape {list(rewards.shape)}, expected {wanted}")
+    if not np.isfinite(rewards).all():
+        member, prompt = np.argwhere(~np.isfinite(rewards))[0]
+        raise ValueError(f"rewards: got {rewards[member, prompt]} for member {member}, prompt {prompt}; must be finite")
+    return rewards

@@ -1,0 +1,74 @@
+"""CMA-ES (Hansen and Ostermeier 2001) by pycma, with full or diagonal covariance."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import cma
+import numpy as np
+
+from essa.strategies.base import check_rewards, standard_normal
+
+
+class CMA:
+    """Every member answers every prompt; a member's fitness is its mean reward.
+
+    Args:
+        dim: number of searched coordinates.
+        population_size: members per generation, at least 3.
+        sigma: initial step size.
+        seed: 0 .. 2**64 - 1.
+        diagonal: adapt variances only (separable CMA-ES): linear in `dim`, and faster to learn them.
+    """
+
+    assignment = "all"
+
+    def __init__(self, *, dim: int, population_size: int, sigma: float, seed: int, diagonal: bool):
+        if population_size < 3:
+            raise ValueError(f"population_size: got {population_size}, CMA-ES needs at least 3")
+        self.name = "cma-diagonal" if diagonal else "cma"
+        self.population_size = population_size
+        self._seed = seed
+        self._generation = 0
+        self._candidates: list[np.ndarray] | None = None
+        options = {
+            "popsize": population_size,
+            "CMA_diagonal": diagonal,
+            "CMA_mirrors": 0,
+            "randn": self._randn,
+            "seed": math.nan,
+            "signals_filename": None,
+            "verbose": -9,
+            "verb_disp": 0,
+            "verb_log": 0,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pycma warns of its own default options
+            self._search = cma.CMAEvolutionStrategy(np.zeros(dim), sigma, options)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return np.array(self._search.mean, dtype=np.float64)
+
+    @property
+    def sigma(self) -> float:
+        return float(self._search.sigma)
+
+    def ask(self, generation: int) -> np.ndarray:
+        if generation != self._generation:
+            raise ValueError(f"generation: got {generation}, expected {self._generation}")
+        if self._candidates is None:
+            self._candidates = self._search.ask()
+        return np.array(self._candidates, dtype=np.float32)
+
+    def tell(self, generation: int, rewards: np.ndarray) -> None:
+        # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
+        self.ask(generation)
+        rewards = check_rewards(rewards, self.population_size)
+        self._search.tell(self._candidates, list(-rewards.mean(axis=1)))
+        self._candidates = None
+        self._generation += 1
+
+    def _randn(self, rows: int, cols: int) -> np.ndarray:
+        return standard_normal((rows, cols), self._seed, self._generation)

@@ -1,0 +1,136 @@
+"""Search strategies: they climb, they replay bit for bit, they refuse what they cannot use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from essa.strategies import DEFAULT_STRATEGY, STRATEGIES, make_strategy
+from essa.strategies.shaping import within_prompt
+
+import essa_kernels
+from essa_kernels.noise import STRATEGY_SITE
+
+DIM, PROMPTS = 12, 4
+
+
+def build(name: str, **changes):
+    settings = {"dim": DIM, "population_size": 16, "prompts_per_generation": PROMPTS, "sigma": 0.3, "seed": 2**63 + 5}
+    return make_strategy(name, **{**settings, **changes})
+
+
+def answered(strategy, candidates: np.ndarray, reward) -> np.ndarray:
+    """Rewards as a rollout would give them: [members, prompts], or [members, 1] when each answers one prompt."""
+    rewards = np.array([[reward(candidate, prompt) for prompt in range(PROMPTS)] for candidate in candidates])
+    if strategy.assignment == "all":
+        return rewards
+    prompts = np.repeat(np.arange(PROMPTS), len(candidates) // PROMPTS)
+    return rewards[np.arange(len(candidates)), prompts][:, None]
+
+
+def threshold_reward(candidate: np.ndarray, prompt: int) -> float:
+    """0 or 1: the candidate lies beyond the prompt's hyperplane, on the side of the all-ones direction."""
+    return float(candidate.sum() / np.sqrt(len(candidate)) > 0.4 * prompt)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_climbs_on_noughts_and_ones(name):
+    strategy = build(name)
+    for generation in range(60):
+        strategy.tell(generation, answered(strategy, strategy.ask(generation), threshold_reward))
+    assert strategy.mean.sum() / np.sqrt(DIM) > 1.2
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_replaying_the_rewards_rebuilds_the_state_bit_for_bit(name):
+    strategy, history = build(name), []
+    for generation in range(12):
+        candidates = strategy.ask(generation)
+        assert candidates.shape == (16, DIM) and candidates.dtype == np.float32
+        assert np.array_equal(candidates, strategy.ask(generation)), "asking twice changes nothing"
+        rewards = answered(strategy, candidates, threshold_reward)
+        history.append((candidates, rewards))
+        strategy.tell(generation, rewards)
+    replayed = build(name)
+    for generation, (candidates, rewards) in enumerate(history):
+        if generation % 2:  # a tell needs no ask before it
+            assert np.array_equal(replayed.ask(generation), candidates)
+        replayed.tell(generation, rewards)
+    assert np.array_equal(replayed.mean, strategy.mean) and replayed.sigma == strategy.sigma
+    assert np.array_equal(replayed.ask(12), strategy.ask(12))
+    assert not np.array_equal(build(name, seed=6).ask(0), history[0][0])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_goes_on_when_all_rewards_are_equal(name):
+    strategy = build(name)
+    for generation in range(30):
+        strategy.tell(generation, np.ones((16, PROMPTS if strategy.assignment == "all" else 1)))
+    assert np.isfinite(strategy.ask(30)).all() and np.isfinite(strategy.sigma)
+
+
+@pytest.mark.parametrize("name", ["cma", "cma-diagonal"])
+def test_cma_draws_from_the_noise_contract(name):
+    noise = essa_kernels.gaussian((16, DIM), essa_kernels.NoiseKey(2**63 + 5, 0, STRATEGY_SITE))
+    np.testing.assert_allclose(build(name).ask(0), 0.3 * noise.numpy(), rtol=1e-4)
+
+
+def test_per_completion_draws_mirrored_pairs():
+    candidates = build("es-per-completion").ask(0)
+    assert np.array_equal(candidates[0::2], -candidates[1::2])
+    noise = essa_kernels.gaussian((8, DIM), essa_kernels.NoiseKey(2**63 + 5, 0, STRATEGY_SITE))
+    np.testing.assert_allclose(candidates[0::2], 0.3 * noise.numpy(), rtol=1e-6)
+
+
+def test_per_completion_ignores_prompts_without_mixed_outcomes():
+    mixed = np.array([1, 0, 0, 0], dtype=float)
+    steps = []
+    for others in (0.0, 1.0):
+        strategy = build("es-per-completion")
+        rewards = np.full((PROMPTS, 4), others)
+        rewards[2] = mixed
+        strategy.tell(0, rewards.reshape(-1, 1))
+        steps.append(strategy.mean)
+    assert np.array_equal(*steps) and np.abs(steps[0]).max() > 0
+
+
+def test_within_prompt():
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [3.0, 1.0, 1.0, 1.0]])
+    scores = within_prompt(rewards)
+    assert np.array_equal(scores[0], [1, -1, -1, 1]) and not scores[1].any()
+    np.testing.assert_allclose(scores[2], np.array([3, -1, -1, -1]) / np.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("cma-diagnoal", {}, "did you mean 'cma-diagonal'"),
+        ("cma", {"population_size": 1}, "population_size: got 1, must be at least 2"),
+        ("cma", {"population_size": 2}, "population_size: got 2, CMA-ES needs at least 3"),
+        ("cma", {"lr": 0.1}, "no learning rate"),
+        ("cma", {"sigma": 0.0}, "sigma: got 0.0"),
+        ("cma", {"sigma": float("nan")}, "sigma: got nan"),
+        ("cma", {"dim": 0}, "dim: got 0"),
+        ("es-per-completion", {"prompts_per_generation": 0}, "prompts_per_generation: got 0"),
+        ("es-per-completion", {"lr": -1.0}, "lr: got -1.0"),
+        ("es-per-completion", {"population_size": 12}, "needs a multiple of 8"),
+    ],
+)
+def test_refuses(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **changes)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_refuses_rewards_that_are_not_the_generations(name):
+    strategy = build(name)
+    columns = PROMPTS if strategy.assignment == "all" else 1
+    with pytest.raises(ValueError, match="generation: got 1, expected 0"):
+        strategy.tell(1, np.zeros((16, columns)))
+    with pytest.raises(ValueError, match="shape"):
+        strategy.tell(0, np.zeros((15, columns)))
+    with pytest.raises(ValueError, match="got nan for member 3"):
+        strategy.tell(0, np.where(np.arange(16)[:, None] == 3, np.nan, np.zeros((16, columns))))
+
+
+def test_the_default_is_one_of_them():
+    assert make_strategy(dim=3, population_size=8, prompts_per_generation=2, sigma=1.0, seed=0).name == DEFAULT_STRATEGY
