@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -183,20 +182,15 @@ def write_atomically(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of `path`, so that `path` never holds a half-written one."""
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    os.chmod(fresh, 0o755)
-    stale = fresh.with_name(fresh.name + ".old")
-    try:
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder, new or empty so far, that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        fresh = Path(scratch, path.name)
+        fresh.mkdir()
         fill(fresh)
-        if path.exists():
-            os.rename(path, stale)
-        os.rename(fresh, path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)
+        os.replace(fresh, path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:

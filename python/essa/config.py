@@ -86,15 +86,14 @@ class ESSAConfig(_Settings):
         metadata={"help": "Folder of the run: adapter, history, report. Must not hold another run.", "fixed": False}
     )
     population_size: int = setting(
-        24,
-        "Members of the population per generation. For es-per-completion: completions per generation, a multiple of "
-        "prompts_per_generation.",
+        64,
+        "Members of the population. With es-per-completion each answers one prompt: an even number for every prompt.",
         fixed=True,
     )
     prompts_per_generation: int = setting(
-        16, "Prompts drawn per generation; all members answer the same ones.", fixed=True
+        8, "Prompts drawn per generation. With cma every member answers all of them.", fixed=True
     )
-    generations: int = setting(50, "Rounds of ask, evaluate, tell. A resumed run may ask for more.")
+    generations: int = setting(100, "Rounds of ask, evaluate, tell. A resumed run may ask for more.")
     sigma: float = setting(
         0.3, "Initial step size of the search, in the units of offset_mode. Larger explores more.", fixed=True
     )

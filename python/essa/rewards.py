@@ -50,9 +50,7 @@ def math_match(completions: list, answer: list | None = None, solution: list | N
 def _math_equal(completion: str, reference: str) -> float:
     from math_verify import parse, verify
 
-    gold = _parse_reference(reference)
-    # math-verify limits time with SIGALRM, which only the main thread may set.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    gold, seconds = _parse_reference(reference), _time_limit()
     return float(verify(gold, parse(completion, parsing_timeout=seconds), timeout_seconds=seconds))
 
 
@@ -60,12 +58,18 @@ def _math_equal(completion: str, reference: str) -> float:
 def _parse_reference(reference: str) -> list:
     from math_verify import parse
 
+    seconds = _time_limit()
     expression = reference.rpartition("####")[2].strip()
     is_bare = "$" not in expression and "\\boxed" not in expression and "\\(" not in expression
-    gold = (is_bare and parse(f"${expression}$", parsing_timeout=None)) or parse(expression, parsing_timeout=None)
+    gold = (is_bare and parse(f"${expression}$", parsing_timeout=seconds)) or parse(expression, parsing_timeout=seconds)
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
     return gold
+
+
+def _time_limit() -> int | None:
+    """Seconds math-verify may take. It keeps time with SIGALRM, which only the main thread may set."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from essa.checkpoint import replace_folder
+from essa.checkpoint import write_folder
 from essa.config import InputError, SFTConfig
 from essa.data import Prompts
 from essa.models import context_length
@@ -68,8 +68,7 @@ def sft(
         if log is not None:
             log(step, loss.item())
     peft_model.eval()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(folder, lambda fresh: peft_model.save_pretrained(str(fresh)))
+    write_folder(folder, lambda fresh: peft_model.save_pretrained(str(fresh)))
     return peft_model
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 import essa_kernels
-from essa.checkpoint import Run, replace_folder
+from essa.checkpoint import Run
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts, evaluate
@@ -148,9 +148,7 @@ class ESSATrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the current mean as an ordinary PEFT adapter folder, by default to `args.output_dir/adapter`."""
-        folder = Path(output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(folder, lambda fresh: self.space.save_adapter(self.values, str(fresh)))
+        self.space.save_adapter(self.values, output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
 
     def _new_strategy(self) -> Any:
         args = self.args

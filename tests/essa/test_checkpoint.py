@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run, replace_folder
+from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run, write_folder
 from essa.config import InputError
 
 IDENTITY = {"settings": {"sigma": 0.2, "seed": 3}, "noise_version": 1}
@@ -187,17 +187,17 @@ def test_kill_minus_nine_while_writing(tmp_path):
         assert len(Run.read(folder).records) == len(run.records)
 
 
-def test_replace_folder_keeps_the_old_one_when_filling_fails(tmp_path):
-    target = tmp_path / "adapter"
-    replace_folder(target, lambda fresh: (fresh / "weights").write_text("old") and None)
+def test_write_folder_leaves_nothing_when_filling_fails(tmp_path):
+    target = tmp_path / "runs" / "adapter"
 
     def fail(fresh):
-        (fresh / "weights").write_text("new")
+        (fresh / "weights").write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        replace_folder(target, fail)
-    assert (target / "weights").read_text() == "old"
-    replace_folder(target, lambda fresh: (fresh / "weights").write_text("new") and None)
-    assert (target / "weights").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        write_folder(target, fail)
+    assert list(target.parent.iterdir()) == []
+    target.mkdir()
+    write_folder(target, lambda fresh: (fresh / "weights").write_text("whole") and None)
+    assert (target / "weights").read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
