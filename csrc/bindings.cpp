@@ -114,10 +114,9 @@ py::dict build_info() {
   info["cuda"] = true;
   info["cuda_archs"] = ESSA_CUDA_ARCHS;
   info["cuda_version"] = ESSA_CUDA_VERSION;
+  info["cuda_device"] = cuda::device_report();
 #else
   info["cuda"] = false;
-  info["cuda_archs"] = "";
-  info["cuda_version"] = "";
 #endif
   info["compiler"] = ESSA_COMPILER;
   return info;
@@ -136,4 +135,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("svd_lora_cpu", &svd_lora_cpu);
   m.def("svd_lora_shrink_cpu", &svd_lora_shrink_cpu);
   m.def("svd_lora_expand_cpu", &svd_lora_expand_cpu);
+#ifdef ESSA_WITH_CUDA
+  m.def("gaussian_cuda", &cuda::gaussian);
+  m.def("rademacher_cuda", &cuda::rademacher);
+  m.def("svd_lora_cuda", &cuda::svd_lora);
+  m.def("svd_lora_shrink_cuda", &cuda::svd_lora_shrink);
+  m.def("svd_lora_expand_cuda", &cuda::svd_lora_expand);
+#endif
 }
