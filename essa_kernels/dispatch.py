@@ -89,18 +89,18 @@ def unavailable(backend: str, device_type: str) -> str | None:
 
 
 @functools.cache
-def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[..., None]:
-    """The function that computes ``op`` for tensors on ``device_type``.
+def resolve(op: str, device: torch.device, backend: str | None = None) -> Callable[..., None]:
+    """The function that computes ``op`` for tensors on ``device``.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
         RuntimeError: ``backend`` is not available, or the compiled module is there but does not load.
     """
     if backend is None:
-        backend = _preferred(op, device_type)
+        backend = _preferred(op, device.type)
     elif backend not in MODULES:
         raise ValueError(f"{op}: backend must be one of {', '.join(MODULES)} or None, got {backend!r}")
-    elif reason := unavailable(backend, device_type):
+    elif reason := unavailable(backend, device.type):
         raise RuntimeError(f"{op}: backend {backend!r} is not available: {reason}")
     file, function = OPS[op]
     return getattr(importlib.import_module(MODULES[backend].format(file=file)), function)

@@ -115,7 +115,7 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def _register(op: str):
     def run(out: Tensor, seed: int, generation: int, site: int, member: int, backend: str | None = None) -> None:
-        implementation = dispatch.resolve(op, out.device.type, backend)
+        implementation = dispatch.resolve(op, out.device, backend)
         if out.numel():
             implementation(out.view(_matrix(out.shape)), seed % 2**64, generation, site, member)
 

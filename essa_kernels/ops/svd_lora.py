@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .registration import DTYPES, check_dims, check_no_grad, check_tensor, check_tensors, register
+from .registration import DTYPES, check_contiguous, check_floating, check_matrix, check_no_grad, check_tensors, register
 
 
 def svd_lora(
@@ -104,49 +104,109 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
     return y
 
 
-def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
-    check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
-    _check_rows(op, "x", x, "d_in")
-    check_dims(op, "v_a", v_a, ("r_a", "d_in"))
-    check_dims(op, "core", core, ("r_b", "r_a"))
-    check_dims(op, "s_a", s_a, ("members", "r_a"), may_be_empty=True)
-    r_a, r_b, members = v_a.shape[0], core.shape[0], s_a.shape[0]
-    check_tensors(
-        op,
-        x.device,
-        (
-            ("v_a", v_a, x.dtype, "r_a, d_in", (r_a, x.shape[-1])),
-            ("core", core, torch.float32, "r_b, r_a", (r_b, r_a)),
-            ("s_a", s_a, torch.float32, "members, r_a", (members, r_a)),
-            ("s_b", s_b, torch.float32, "members, r_b", (members, r_b)),
-            ("offsets", offsets, torch.int64, "members + 1", (members + 1,)),
-        ),
+# Reading the properties of nine tensors is most of what a call costs. So a call first asks once whether all is well,
+# as cheaply as it can, and goes through the arguments one by one only to name what is wrong.
+
+
+def _shrink_fits(x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> bool:
+    if x.dim() == 0 or v_a.dim() != 2 or s_b.dim() != 2 or torch.is_grad_enabled():
+        return False
+    (r_a, d_in), (members, r_b) = v_a.shape, s_b.shape
+    return (
+        x.shape[-1] == d_in
+        and core.shape == (r_b, r_a)
+        and s_a.shape == (members, r_a)
+        and offsets.shape == (members + 1,)
+        and r_a * d_in * r_b > 0
+        and v_a.dtype is x.dtype
+        and x.dtype in DTYPES
+        and core.dtype is s_a.dtype is s_b.dtype is torch.float32
+        and offsets.dtype is torch.int64
+        and x.device == v_a.device == core.device == s_a.device == s_b.device == offsets.device
+        and v_a.is_contiguous()
+        and core.is_contiguous()
+        and s_a.is_contiguous()
+        and s_b.is_contiguous()
+        and offsets.is_contiguous()
     )
 
 
-def _check_expand(op: str, y: Tensor, u_b: Tensor, r_b: int) -> None:
-    check_no_grad(op, y=y, u_b=u_b)
-    _check_rows(op, "y", y, "d_out")
-    check_dims(op, "u_b", u_b, ("d_out", "r_b"))
-    check_tensor(op, "u_b", u_b, y.dtype, y.device, "d_out, r_b", (y.shape[-1], r_b))
-    if not (u_b.is_contiguous() or u_b.mT.is_contiguous()):
-        raise ValueError(f"{op}: u_b or its transpose must be contiguous, got strides {list(u_b.stride())}")
+def _svd_lora_fits(
+    y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
+) -> bool:
+    return (
+        _shrink_fits(x, v_a, core, s_a, s_b, offsets)
+        and y.shape[:-1] == x.shape[:-1]
+        and _expand_fits(y, u_b, core.shape[0])
+        and y.dtype is x.dtype
+        and y.device == x.device
+    )
+
+
+def _expand_fits(y: Tensor, u_b: Tensor, r_b: int) -> bool:
+    return (
+        u_b.shape == (y.shape[-1], r_b)
+        and u_b.numel() > 0
+        and u_b.dtype is y.dtype
+        and u_b.device == y.device
+        and u_b.is_contiguous()
+    )
+
+
+def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
+    check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
+    check_floating(op, "x", x)
+    r_a, d_in = check_matrix(op, "v_a", v_a, "r_a, d_in")
+    members, r_b = check_matrix(op, "s_b", s_b, "members, r_b", rows_at_least=0)
+    check_tensors(
+        op,
+        x.device,
+        ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)),
+        ("v_a", v_a, x.dtype, "r_a, d_in", (r_a, d_in)),
+        ("core", core, torch.float32, "r_b, r_a", (r_b, r_a)),
+        ("s_a", s_a, torch.float32, "members, r_a", (members, r_a)),
+        ("s_b", s_b, torch.float32, "members, r_b", (members, r_b)),
+        ("offsets", offsets, torch.int64, "members + 1", (members + 1,)),
+    )
+    check_contiguous(op, v_a=v_a, core=core, s_a=s_a, s_b=s_b, offsets=offsets)
 
 
 def _check_svd_lora(
     y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
 ) -> None:
-    _check_shrink("svd_lora", x, v_a, core, s_a, s_b, offsets)
-    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
-    check_tensor("svd_lora", "y", y, x.dtype, x.device, "..., d_out", (*x.shape[:-1], u_b.shape[0]))
-    _check_expand("svd_lora", y, u_b, core.shape[0])
+    op = "svd_lora"
+    _check_shrink(op, x, v_a, core, s_a, s_b, offsets)
+    check_no_grad(op, u_b=u_b, y=y)
+    d_out, _ = check_matrix(op, "u_b", u_b, "d_out, r_b")
+    check_tensors(
+        op,
+        x.device,
+        ("u_b", u_b, x.dtype, "d_out, r_b", (d_out, core.shape[0])),
+        ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)),
+    )
+    _check_layout(op, u_b)
 
 
-def _check_rows(op: str, name: str, tensor: Tensor, size: str) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{op}: {name} must have dtype float32, bfloat16 or float16, got {tensor.dtype}")
-    if tensor.dim() == 0 or tensor.shape[-1] == 0:
-        raise ValueError(f"{op}: {name} must have shape [..., {size}] with {size} >= 1, got {list(tensor.shape)}")
+def _check_expand(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
+    op = "svd_lora_expand_"
+    check_no_grad(op, y=y, h=h, u_b=u_b)
+    check_floating(op, "y", y)
+    d_out, r_b = check_matrix(op, "u_b", u_b, "d_out, r_b")
+    check_tensors(
+        op,
+        y.device,
+        ("y", y, y.dtype, "..., d_out", (*y.shape[:-1], d_out)),
+        ("u_b", u_b, y.dtype, "d_out, r_b", (d_out, r_b)),
+        ("h", h, torch.float32, "rows, r_b", (y.numel() // d_out, r_b)),
+    )
+    _check_layout(op, u_b)
+    if h.stride(1) != 1:
+        raise ValueError(f"{op}: h must be rows of adjacent elements, got strides {list(h.stride())}")
+
+
+def _check_layout(op: str, u_b: Tensor) -> None:
+    if not (u_b.is_contiguous() or u_b.mT.is_contiguous()):
+        raise ValueError(f"{op}: u_b or its transpose must be contiguous, got strides {list(u_b.stride())}")
 
 
 def _check_offsets(op: str, offsets: Tensor, rows: int) -> None:
@@ -163,12 +223,14 @@ def _check_offsets(op: str, offsets: Tensor, rows: int) -> None:
 
 def _rows_of_x(x: Tensor) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _rows_of_y(op: str, y: Tensor) -> Tensor:
+    if y.is_contiguous():
+        return y if y.dim() == 2 else y.view(-1, y.shape[-1])
     try:
-        rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+        rows = y.view(-1, y.shape[-1])
     except RuntimeError:
         rows = None
     if rows is None or rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
@@ -177,22 +239,21 @@ def _rows_of_y(op: str, y: Tensor) -> Tensor:
 
 
 def _run(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
-    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
-    y = x.new_zeros(*x.shape[:-1], u_b.shape[0])
+    y = x.new_zeros(*x.shape[:-1], check_matrix("svd_lora", "u_b", u_b, "d_out, r_b")[0])
     _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend)
     return y
 
 
 def _fake(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
-    check_dims("svd_lora", "u_b", u_b, ("d_out", "r_b"))
-    y = x.new_empty(*x.shape[:-1], u_b.shape[0])
+    y = x.new_empty(*x.shape[:-1], check_matrix("svd_lora", "u_b", u_b, "d_out, r_b")[0])
     _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
     return y
 
 
 def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
-    _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
-    implementation = dispatch.resolve("svd_lora", x.device.type, backend)
+    implementation = dispatch.resolve("svd_lora", x.device, backend)
+    if not _svd_lora_fits(y, x, v_a, core, u_b, s_a, s_b, offsets):
+        _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
     x, y = _rows_of_x(x), _rows_of_y("svd_lora", y)
     _check_offsets("svd_lora", offsets, x.shape[0])
     if x.shape[0]:
@@ -204,8 +265,9 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
 
 
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
-    _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
-    implementation = dispatch.resolve("svd_lora_shrink", x.device.type, backend)
+    implementation = dispatch.resolve("svd_lora_shrink", x.device, backend)
+    if not _shrink_fits(x, v_a, core, s_a, s_b, offsets):
+        _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
     x = _rows_of_x(x)
     _check_offsets("svd_lora_shrink", offsets, x.shape[0])
     h = x.new_empty(x.shape[0], core.shape[0], dtype=torch.float32)
@@ -219,20 +281,9 @@ def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
     return x.new_empty(x.numel() // x.shape[-1], core.shape[0], dtype=torch.float32)
 
 
-def _check_expand_(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
-    op = "svd_lora_expand_"
-    check_no_grad(op, h=h)
-    check_dims(op, "h", h, ("rows", "r_b"), may_be_empty=True)
-    _check_expand(op, y, u_b, h.shape[1])
-    rows = y.numel() // y.shape[-1]
-    check_tensor(op, "h", h, torch.float32, y.device, "rows, r_b", (rows, h.shape[1]))
-    if h.stride(1) != 1:
-        raise ValueError(f"{op}: h must be rows of adjacent elements, got strides {list(h.stride())}")
-
-
-def _run_expand_(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
-    _check_expand_(y, h, u_b)
-    implementation = dispatch.resolve("svd_lora_expand_", y.device.type, backend)
+def _run_expand(y, h, u_b, backend=None) -> None:
+    implementation = dispatch.resolve("svd_lora_expand_", y.device, backend)
+    _check_expand(y, h, u_b)
     y = _rows_of_y("svd_lora_expand_", y)
     if y.shape[0]:
         implementation(y, h, u_b)
@@ -245,5 +296,5 @@ _svd_lora_op = register(f"svd_lora({_ARGUMENTS}) -> Tensor", _run, _fake)
 _svd_lora_inplace_op = register(f"svd_lora_(Tensor(a!) y, {_ARGUMENTS}) -> ()", _run_inplace, _fake_inplace)
 _shrink_op = register(f"svd_lora_shrink({_SHRINK_ARGUMENTS}) -> Tensor", _run_shrink, _fake_shrink)
 _expand_op = register(
-    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand_, _check_expand_
+    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand, _check_expand
 )
