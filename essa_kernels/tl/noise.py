@@ -66,14 +66,12 @@ def philox(c0, c1, c2, c3, k0, k1):
     k0 = k0.to(tl.uint32, bitcast=True)
     k1 = k1.to(tl.uint32, bitcast=True)
     for _ in tl.static_range(10):
-        h0 = tl.umulhi(c0, 0xD2511F53)
-        h1 = tl.umulhi(c2, 0xCD9E8D57)
-        l0 = c0 * 0xD2511F53
-        l1 = c2 * 0xCD9E8D57
-        c0 = h1 ^ c1 ^ k0
-        c1 = l1
-        c2 = h0 ^ c3 ^ k1
-        c3 = l0
+        p0 = c0.to(tl.uint64) * 0xD2511F53  # one wide multiplication, where umulhi and * would be two
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
