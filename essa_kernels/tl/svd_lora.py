@@ -22,6 +22,16 @@ MOST_RANK_BLOCK = 64  # ranks beyond it are walked in blocks
 SEARCH_WIDTH = 64
 LEAST_SPLIT_BLOCKS = 2  # blocks of d_in that make a split worth its partial sums
 BEYOND_ANY_ROW = tl.constexpr(2**62)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, sums):
+    """sums + a b, exact products summed in float32."""
+    if INTERPRETED:  # which would multiply the bits of bfloat16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -52,7 +62,7 @@ def project(x, v_a, row, rank, rows, d_in, r_a, x_stride, begin, end, INNER: tl.
         inside = column < end
         x_block = tl.load(x_rows + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         v_block = tl.load(v_rows + column[:, None], mask=inside[:, None] & (rank < r_a)[None, :], other=0.0)
-        sums = tl.dot(x_block, v_block, sums, input_precision="ieee")
+        sums = dot(x_block, v_block, sums)
     return sums
 
 
@@ -75,7 +85,7 @@ def apply_core(scaled, core, rank_a, rank_b, r_a, r_b, sums):
         mask=(rank_a < r_a)[:, None] & (rank_b < r_b)[None, :],
         other=0.0,
     )
-    return tl.dot(scaled, block, sums, input_precision="ieee")
+    return dot(scaled, block, sums)
 
 
 @triton.jit
@@ -107,7 +117,7 @@ def expand(h, u_b, column, rank, d_out, r_b, u_b_row_stride, u_b_column_stride, 
     if u_block.dtype == tl.bfloat16:
         leading = h.to(tl.bfloat16)
         trailing = (h - leading.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(leading, u_block, tl.dot(trailing, u_block, sums))
+        return dot(leading, u_block, dot(trailing, u_block, sums))
     elif u_block.dtype == tl.float16:
         # h may exceed float16's range, while float16 fits into tf32 exactly.
         u_block = u_block.to(tl.float32)
@@ -115,7 +125,7 @@ def expand(h, u_b, column, rank, d_out, r_b, u_b_row_stride, u_b_column_stride, 
         sums = tl.dot(h - leading, u_block, sums, input_precision="tf32")
         return tl.dot(leading, u_block, sums, input_precision="tf32")
     else:
-        return tl.dot(h, u_block, sums, input_precision="ieee")
+        return dot(h, u_block, sums)
 
 
 @triton.jit
