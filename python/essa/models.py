@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.config import DTYPES, InputError
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
 
 
@@ -68,29 +71,42 @@ def load_adapter(model: PreTrainedModel, adapter: str | None) -> PeftModel:
     """
     if adapter is None:
         raise InputError(f"the model carries no LoRA adapter and none was given (--adapter): {MAKE_ADAPTER}")
-    folder = Path(adapter)
-    if folder.is_dir():
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / file).is_file():
-                raise InputError(f"adapter {adapter!r} is not a PEFT adapter folder: it has no {file}; {MAKE_ADAPTER}")
-    elif folder.exists() or adapter.startswith((".", "/")):
-        raise InputError(f"adapter {adapter!r} is not a folder; {MAKE_ADAPTER}")
+    folder = _adapter_folder(adapter)
+    for file in ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise InputError(f"adapter {adapter!r} is not a PEFT adapter folder: it has no {file}; {MAKE_ADAPTER}")
     try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"adapter {adapter!r} cannot be read: {error}; {MAKE_ADAPTER}") from error
+        config = PeftConfig.from_pretrained(str(folder))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            saved = set(weights.keys())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"adapter {adapter!r} cannot be read: {error}") from error
     if config.peft_type != "LORA":
         raise InputError(f"adapter {adapter!r} must be a LoRA adapter, got {config.peft_type}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            peft_model = PeftModel.from_pretrained(model, adapter)
-        except Exception as error:
-            raise InputError(f"adapter {adapter!r} does not fit this model: {error}") from error
-    for warning in caught:
-        if "missing adapter keys" in str(warning.message):
-            raise InputError(f"adapter {adapter!r} does not fit this model: {warning.message}")
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of missing weights; the comparison below refuses them.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            peft_model = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:
+        raise InputError(f"adapter {adapter!r} does not fit this model: {error}") from error
+    differing = sorted(saved ^ get_peft_model_state_dict(peft_model).keys())
+    if differing:
+        holder = "the adapter" if differing[0] in saved else "the model"
+        raise InputError(f"adapter {adapter!r} does not fit this model: only {holder} has {differing[0]}")
     return peft_model.eval()
+
+
+def _adapter_folder(adapter: str) -> Path:
+    folder = Path(adapter)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or adapter.startswith((".", "/")):
+        raise InputError(f"adapter {adapter!r} is not a folder; {MAKE_ADAPTER}")
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=list(ADAPTER_FILES)))
+    except (OSError, ValueError) as error:
+        raise InputError(f"adapter {adapter!r} is neither a folder nor on the hub: {error}; {MAKE_ADAPTER}") from error
 
 
 def has_lora(model: torch.nn.Module) -> bool:
