@@ -1,0 +1,49 @@
+"""What all tests share: fresh random data whose seed is printed, and the backends this machine offers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import hypothesis
+import pytest
+import torch
+from essa_kernels import dispatch
+
+hypothesis.settings.register_profile("essa", deadline=None, max_examples=50, print_blob=True)
+hypothesis.settings.load_profile("essa")
+
+SEED = int(os.environ.get("ESSA_TEST_SEED") or secrets.randbits(32))
+
+
+def pytest_report_header() -> str:
+    return f"essa: ESSA_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of the test's own, new in every session; torch's generator starts from it."""
+    value = (SEED + sum(request.node.nodeid.encode())) % 2**32
+    print(f"seed {value} (repeat with ESSA_TEST_SEED={SEED})")
+    torch.manual_seed(value)
+    return value
+
+
+def available_backends() -> list[tuple[str, str]]:
+    """(backend, device) pairs an op can run on here, the reference on the CPU first."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    pairs = [(backend, device) for device in devices for backend in reversed(dispatch.PREFERENCE[device])]
+    return [(backend, device) for backend, device in pairs if dispatch.unavailable(backend, device) is None]
+
+
+@pytest.fixture(params=available_backends(), ids="-".join)
+def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Every (backend, device) pair that works here."""
+    return request.param
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips the test where the compiled module is missing."""
+    if error := dispatch.compiled_module_error():
+        pytest.skip(error)
