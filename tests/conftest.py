@@ -8,6 +8,7 @@ import secrets
 import hypothesis
 import pytest
 import torch
+
 from essa_kernels import dispatch
 
 hypothesis.settings.register_profile("essa", deadline=None, max_examples=50, print_blob=True)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from essa_kernels import NOISE_VERSION
 from essa_kernels.noise import STRATEGY_SITE
 from essa_kernels.reference import noise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 
-import essa_kernels
 import torch
+
+import essa_kernels
 from essa_kernels import NoiseKey
 
 COLUMNS = (1, 7, 63, 64, 65, 127, 129, 896, 1134, 2047, 2048, 2049, 4097)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import essa_kernels
 import pytest
 import torch
-from essa_kernels import NOISE_VERSION, NoiseKey, dispatch, gaussian, rademacher
-from essa_kernels.noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, RADEMACHER_TILE
-from essa_kernels.reference import noise as reference
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+
+import essa_kernels
+from essa_kernels import NOISE_VERSION, NoiseKey, dispatch, gaussian, rademacher
+from essa_kernels.noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, RADEMACHER_TILE
+from essa_kernels.reference import noise as reference
 
 from . import make_known_answers, noise_cases
 from .noise_cases import different_bits
