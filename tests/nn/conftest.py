@@ -1,0 +1,89 @@
+"""Tiny models with a random LoRA, one for each supported family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 48
+ENDS = [1, 5, 9, 13, 18, 24]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT_NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+ALTERNATING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+
+# model_type -> (configuration, layers to adapt)
+FAMILIES = {
+    "qwen2": (LLAMA_LIKE, SEVEN),
+    "qwen3": (LLAMA_LIKE, SEVEN),
+    "llama": (LLAMA_LIKE, SEVEN),
+    "mistral": ({**LLAMA_LIKE, "sliding_window": 5}, SEVEN),
+    "gemma2": ({**LLAMA_LIKE, **ALTERNATING}, SEVEN),
+    "gemma3_text": ({**LLAMA_LIKE, **ALTERNATING}, SEVEN),
+    "phi3": (LLAMA_LIKE, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "gpt_neox": (GPT_NEOX, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+    "gpt2": (GPT2, ["c_attn", "c_proj", "c_fc"]),
+}
+
+
+def build_base(family: str, dtype: torch.dtype = torch.float32):
+    settings, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **options):
+    """A PeftModel whose LoRA changes what it says."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": FAMILIES[family][1], **options}
+    model = get_peft_model(build_base(family, dtype), LoraConfig(**settings)).eval()
+    randomise(model)
+    return model
+
+
+def randomise(model) -> None:
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+
+
+def perturbed(space, members: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return space.spectrum * (1 + 0.5 * torch.randn(members, space.size, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Every word is a number and every number its own token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
