@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .config import config, on_device
 
-LEAST_RANK_BLOCK = 16
-MOST_RANK_BLOCK = 64  # ranks beyond it are walked in blocks
+LEAST_RANKS = tl.constexpr(16)  # the shortest inner dimension of a matrix product
 SEARCH_WIDTH = 64
 LEAST_SPLIT_BLOCKS = 2  # blocks of d_in that make a split worth its partial sums
 BEYOND_ANY_ROW = tl.constexpr(2**62)
@@ -51,69 +50,69 @@ def owners(offsets, row, members, top_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def project(x, v_a, row, rank, rows, d_in, r_a, x_stride, begin, end, INNER: tl.constexpr):
-    """x V_A^T over columns begin .. end - 1 of x, for a block of rows and of ranks: float32 [rows, ranks]."""
+def project(x, v_a, row, rank, rows, d_in, x_stride, begin, end, R_A: tl.constexpr, INNER: tl.constexpr):
+    """x V_A^T over whole blocks of columns of x, begin .. end - 1, for a block of rows and of ranks: float32."""
     inner = tl.arange(0, INNER)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
     v_rows = v_a + rank.to(tl.int64)[None, :] * d_in
     sums = tl.zeros((row.shape[0], rank.shape[0]), tl.float32)
     for first in range(begin, end, INNER):
         column = first + inner
-        inside = column < end
+        inside = column < d_in
         x_block = tl.load(x_rows + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        v_block = tl.load(v_rows + column[:, None], mask=inside[:, None] & (rank < r_a)[None, :], other=0.0)
+        v_block = tl.load(v_rows + column[:, None], mask=inside[:, None] & (rank < R_A)[None, :], other=0.0)
         sums = dot(x_block, v_block, sums)
     return sums
 
 
 @triton.jit
-def scale_ranks(sums, singular_values, member, rank, ranks):
+def scale_ranks(sums, singular_values, member, rank, RANKS: tl.constexpr):
     """Every row times its member's singular values."""
     values = tl.load(
-        singular_values + member.to(tl.int64)[:, None] * ranks + rank[None, :],
-        mask=(rank < ranks)[None, :],
+        singular_values + member.to(tl.int64)[:, None] * RANKS + rank[None, :],
+        mask=(rank < RANKS)[None, :],
         other=0.0,
     )
     return sums * values
 
 
 @triton.jit
-def apply_core(scaled, core, rank_a, rank_b, r_a, r_b, sums):
+def apply_core(scaled, core, rank_a, rank_b, sums, R_A: tl.constexpr, R_B: tl.constexpr):
     """sums + scaled core^T over a block of r_a, for a block of r_b."""
     block = tl.load(
-        core + rank_b.to(tl.int64)[None, :] * r_a + rank_a[:, None],
-        mask=(rank_a < r_a)[:, None] & (rank_b < r_b)[None, :],
+        core + rank_b[None, :] * R_A + rank_a[:, None],
+        mask=(rank_a < R_A)[:, None] & (rank_b < R_B)[None, :],
         other=0.0,
     )
     return dot(scaled, block, sums)
 
 
 @triton.jit
-def mix(partial, core, s_a, s_b, row, member, rank_b, rows, splits, r_a, r_b, RANK_A: tl.constexpr):
+def mix(partial, core, s_a, s_b, row, member, rank_b, rows, splits, R_A: tl.constexpr, R_B: tl.constexpr):
     """Partial sums [splits, rows, r_a] to h for a block of rows and of r_b: float32 [rows, ranks]."""
     h = tl.zeros((row.shape[0], rank_b.shape[0]), tl.float32)
-    for first in range(0, r_a, RANK_A):
-        rank_a = first + tl.arange(0, RANK_A)
-        place = partial + row.to(tl.int64)[:, None] * r_a + rank_a[None, :]
-        inside = (row < rows)[:, None] & (rank_a < r_a)[None, :]
-        sums = tl.zeros((row.shape[0], RANK_A), tl.float32)
+    for first in range(0, R_A, LEAST_RANKS):
+        rank_a = first + tl.arange(0, LEAST_RANKS)
+        place = partial + row.to(tl.int64)[:, None] * R_A + rank_a[None, :]
+        inside = (row < rows)[:, None] & (rank_a < R_A)[None, :]
+        sums = tl.zeros((row.shape[0], LEAST_RANKS), tl.float32)
         for _ in range(splits):
             sums += tl.load(place, mask=inside, other=0.0)
-            place += rows.to(tl.int64) * r_a
-        scaled = scale_ranks(sums, s_a, member, rank_a, r_a)
-        h = apply_core(scaled, core, rank_a, rank_b, r_a, r_b, h)
-    return scale_ranks(h, s_b, member, rank_b, r_b)
+            place += rows.to(tl.int64) * R_A
+        scaled = scale_ranks(sums, s_a, member, rank_a, R_A)
+        h = apply_core(scaled, core, rank_a, rank_b, h, R_A, R_B)
+    return scale_ranks(h, s_b, member, rank_b, R_B)
 
 
 @triton.jit
-def expand(h, u_b, column, rank, d_out, r_b, u_b_row_stride, u_b_column_stride, sums):
+def expand(h, u_b, column, rank, d_out, sums, R_B: tl.constexpr, TRANSPOSED: tl.constexpr):
     """sums + h U_B^T over a block of r_b, for a block of columns. h stays float32 in effect: where U_B is shorter, h
-    goes through the matrix unit as a leading and a trailing part."""
-    u_block = tl.load(
-        u_b + column.to(tl.int64)[None, :] * u_b_row_stride + rank.to(tl.int64)[:, None] * u_b_column_stride,
-        mask=(rank < r_b)[:, None] & (column < d_out)[None, :],
-        other=0.0,
-    )
+    goes through the matrix unit as a leading and a trailing part. TRANSPOSED: U_B lies in memory as [r_b, d_out]."""
+    if TRANSPOSED:
+        place = u_b + rank.to(tl.int64)[:, None] * d_out + column[None, :]
+    else:
+        place = u_b + column.to(tl.int64)[None, :] * R_B + rank[:, None]
+    u_block = tl.load(place, mask=(rank < R_B)[:, None] & (column < d_out)[None, :], other=0.0)
     if u_block.dtype == tl.bfloat16:
         leading = h.to(tl.bfloat16)
         trailing = (h - leading.to(tl.float32)).to(tl.bfloat16)
@@ -136,16 +135,16 @@ def add_to(y, delta, row, column, rows, d_out, y_stride):
     tl.store(place, sums.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "split"])
+@triton.jit(do_not_specialize=["rows"])
 def project_kernel(
     partial,
     x,
     v_a,
     rows,
     d_in,
-    r_a,
     split,
     x_stride,
+    R_A: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     RANK_A: tl.constexpr,
@@ -154,9 +153,9 @@ def project_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(2) * RANK_A + tl.arange(0, RANK_A)
     begin = tl.program_id(1) * split
-    sums = project(x, v_a, row, rank, rows, d_in, r_a, x_stride, begin, tl.minimum(begin + split, d_in), INNER)
-    place = partial + (tl.program_id(1) * rows.to(tl.int64) + row)[:, None] * r_a + rank[None, :]
-    tl.store(place, sums, mask=(row < rows)[:, None] & (rank < r_a)[None, :])
+    sums = project(x, v_a, row, rank, rows, d_in, x_stride, begin, tl.minimum(begin + split, d_in), R_A, INNER)
+    place = partial + (tl.program_id(1) * rows.to(tl.int64) + row)[:, None] * R_A + rank[None, :]
+    tl.store(place, sums, mask=(row < rows)[:, None] & (rank < R_A)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "members", "top_stride", "splits"])
@@ -171,11 +170,10 @@ def mix_kernel(
     members,
     top_stride,
     splits,
-    r_a,
-    r_b,
     h_stride,
+    R_A: tl.constexpr,
+    R_B: tl.constexpr,
     ROWS: tl.constexpr,
-    RANK_A: tl.constexpr,
     RANK_B: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -183,9 +181,9 @@ def mix_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANK_B + tl.arange(0, RANK_B)
     member = owners(offsets, row, members, top_stride, WIDTH)
-    block = mix(partial, core, s_a, s_b, row, member, rank, rows, splits, r_a, r_b, RANK_A)
+    block = mix(partial, core, s_a, s_b, row, member, rank, rows, splits, R_A, R_B)
     place = h + row.to(tl.int64)[:, None] * h_stride + rank[None, :]
-    tl.store(place, block, mask=(row < rows)[:, None] & (rank < r_b)[None, :])
+    tl.store(place, block, mask=(row < rows)[:, None] & (rank < R_B)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -195,11 +193,10 @@ def expand_kernel(
     u_b,
     rows,
     d_out,
-    r_b,
     y_stride,
     h_stride,
-    u_b_row_stride,
-    u_b_column_stride,
+    R_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK_B: tl.constexpr,
@@ -208,14 +205,14 @@ def expand_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     delta = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, r_b, RANK_B):
+    for first in range(0, R_B, RANK_B):
         rank = first + tl.arange(0, RANK_B)
         h_block = tl.load(
             h + row.to(tl.int64)[:, None] * h_stride + rank[None, :],
-            mask=(row < rows)[:, None] & (rank < r_b)[None, :],
+            mask=(row < rows)[:, None] & (rank < R_B)[None, :],
             other=0.0,
         )
-        delta = expand(h_block, u_b, column, rank, d_out, r_b, u_b_row_stride, u_b_column_stride, delta)
+        delta = expand(h_block, u_b, column, rank, d_out, delta, R_B, TRANSPOSED)
     add_to(y, delta, row, column, rows, d_out, y_stride)
 
 
@@ -233,14 +230,12 @@ def mix_expand_kernel(
     top_stride,
     splits,
     d_out,
-    r_a,
-    r_b,
     y_stride,
-    u_b_row_stride,
-    u_b_column_stride,
+    R_A: tl.constexpr,
+    R_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    RANK_A: tl.constexpr,
     RANK_B: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -249,9 +244,9 @@ def mix_expand_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, RANK_B)
     member = owners(offsets, row, members, top_stride, WIDTH)
-    h = mix(partial, core, s_a, s_b, row, member, rank, rows, splits, r_a, r_b, RANK_A)
+    h = mix(partial, core, s_a, s_b, row, member, rank, rows, splits, R_A, R_B)
     delta = tl.zeros((ROWS, COLUMNS), tl.float32)
-    delta = expand(h, u_b, column, rank, d_out, r_b, u_b_row_stride, u_b_column_stride, delta)
+    delta = expand(h, u_b, column, rank, d_out, delta, R_B, TRANSPOSED)
     add_to(y, delta, row, column, rows, d_out, y_stride)
 
 
@@ -270,12 +265,11 @@ def fused_kernel(
     top_stride,
     d_in,
     d_out,
-    r_a,
-    r_b,
     y_stride,
     x_stride,
-    u_b_row_stride,
-    u_b_column_stride,
+    R_A: tl.constexpr,
+    R_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -288,15 +282,15 @@ def fused_kernel(
     rank_a = tl.arange(0, RANK_A)
     rank_b = tl.arange(0, RANK_B)
     member = owners(offsets, row, members, top_stride, WIDTH)
-    sums = project(x, v_a, row, rank_a, rows, d_in, r_a, x_stride, 0, d_in, INNER)
-    scaled = scale_ranks(sums, s_a, member, rank_a, r_a)
+    sums = project(x, v_a, row, rank_a, rows, d_in, x_stride, 0, d_in, R_A, INNER)
+    scaled = scale_ranks(sums, s_a, member, rank_a, R_A)
     h = tl.zeros((ROWS, RANK_B), tl.float32)
-    h = apply_core(scaled, core, rank_a, rank_b, r_a, r_b, h)
-    h = scale_ranks(h, s_b, member, rank_b, r_b)
+    h = apply_core(scaled, core, rank_a, rank_b, h, R_A, R_B)
+    h = scale_ranks(h, s_b, member, rank_b, R_B)
     for first in range(0, d_out, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         delta = tl.zeros((ROWS, COLUMNS), tl.float32)
-        delta = expand(h, u_b, column, rank_b, d_out, r_b, u_b_row_stride, u_b_column_stride, delta)
+        delta = expand(h, u_b, column, rank_b, d_out, delta, R_B, TRANSPOSED)
         add_to(y, delta, row, column, rows, d_out, y_stride)
 
 
@@ -304,52 +298,26 @@ def svd_lora_(
     y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
 ) -> None:
     """y += u_b (s_b[m] * (core (s_a[m] * (v_a x)))), row by row, where m is the member that owns the row."""
-    rows, (d_out, r_b), r_a = x.shape[0], u_b.shape, v_a.shape[0]
-    if max(r_a, r_b) > MOST_RANK_BLOCK:
+    rows, (r_b, r_a) = x.shape[0], core.shape
+    fused = config(x, "fused")
+    if rows >= fused["min_rows"] and max(r_a, r_b) <= fused["max_ranks_bytes"] // x.element_size():
+        _fused(y, x, v_a, core, u_b, s_a, s_b, offsets)
+    elif rows <= config(x, "mix_expand")["max_rows"] and r_b <= _rank_block(x, "expand", r_b):
+        _mix_expand(y, _project(x, v_a), core, u_b, s_a, s_b, offsets)
+    else:
         h = x.new_empty(rows, r_b, dtype=torch.float32)
         svd_lora_shrink(h, x, v_a, core, s_a, s_b, offsets)
         svd_lora_expand_(y, h, u_b)
-    elif rows >= config(x, "fused")["min_rows"]:
-        _fused(y, x, v_a, core, u_b, s_a, s_b, offsets)
-    else:
-        partial = _project(x, v_a)
-        shape = config(x, "expand")
-        grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, shape["block_columns"]))
-        with on_device(x):
-            mix_expand_kernel[grid](
-                y,
-                partial,
-                core,
-                u_b,
-                s_a,
-                s_b,
-                offsets,
-                rows,
-                s_a.shape[0],
-                _top_stride(s_a.shape[0]),
-                partial.shape[0],
-                d_out,
-                r_a,
-                r_b,
-                y.stride(0),
-                *u_b.stride(),
-                ROWS=shape["block_rows"],
-                COLUMNS=shape["block_columns"],
-                RANK_A=_rank_block(r_a),
-                RANK_B=_rank_block(r_b),
-                WIDTH=SEARCH_WIDTH,
-                num_warps=shape["num_warps"],
-            )
 
 
 def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     """h = s_b[m] * (core (s_a[m] * (v_a x))), row by row, where m is the member that owns the row."""
     partial = _project(x, v_a)
-    rows, r_b, r_a = *h.shape, v_a.shape[0]
+    (splits, rows, r_a), r_b, members = partial.shape, h.shape[1], s_a.shape[0]
     shape = config(x, "mix")
-    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(r_b, _rank_block(r_b)))
+    ranks = _rank_block(h, "mix", r_b)
     with on_device(x):
-        mix_kernel[grid](
+        mix_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(r_b, ranks))](
             h,
             partial,
             core,
@@ -357,15 +325,14 @@ def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor
             s_b,
             offsets,
             rows,
-            s_a.shape[0],
-            _top_stride(s_a.shape[0]),
-            partial.shape[0],
-            r_a,
-            r_b,
+            members,
+            _top_stride(members),
+            splits,
             h.stride(0),
+            R_A=r_a,
+            R_B=r_b,
             ROWS=shape["block_rows"],
-            RANK_A=_rank_block(r_a),
-            RANK_B=_rank_block(r_b),
+            RANK_B=ranks,
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
         )
@@ -383,13 +350,13 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
             u_b,
             rows,
             d_out,
-            r_b,
             y.stride(0),
             h.stride(0),
-            *u_b.stride(),
+            R_B=r_b,
+            TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
             COLUMNS=shape["block_columns"],
-            RANK_B=_rank_block(r_b),
+            RANK_B=_rank_block(y, "expand", r_b),
             num_warps=shape["num_warps"],
         )
 
@@ -398,10 +365,14 @@ def _project(x: Tensor, v_a: Tensor) -> Tensor:
     """x v_a^T as float32 [splits, rows, r_a], to be summed over splits: few row blocks share d_in among programs."""
     (rows, d_in), r_a = x.shape, v_a.shape[0]
     shape = config(x, "project")
-    row_blocks, rank_blocks = triton.cdiv(rows, shape["block_rows"]), triton.cdiv(r_a, _rank_block(r_a))
-    inner_blocks = triton.cdiv(d_in, shape["block_inner"])
+    ranks, inner = _rank_block(x, "project", r_a), shape["block_inner_bytes"] // x.element_size()
+    row_blocks, rank_blocks, inner_blocks = (
+        triton.cdiv(rows, shape["block_rows"]),
+        triton.cdiv(r_a, ranks),
+        triton.cdiv(d_in, inner),
+    )
     splits = min(shape["programs"] // (row_blocks * rank_blocks), inner_blocks // LEAST_SPLIT_BLOCKS)
-    split = triton.cdiv(inner_blocks, max(splits, 1)) * shape["block_inner"]
+    split = triton.cdiv(inner_blocks, max(splits, 1)) * inner
     partial = x.new_empty(triton.cdiv(d_in, split), rows, r_a, dtype=torch.float32)
     with on_device(x):
         project_kernel[(row_blocks, partial.shape[0], rank_blocks)](
@@ -410,22 +381,54 @@ def _project(x: Tensor, v_a: Tensor) -> Tensor:
             v_a,
             rows,
             d_in,
-            r_a,
             split,
             x.stride(0),
+            R_A=r_a,
             ROWS=shape["block_rows"],
-            INNER=shape["block_inner"],
-            RANK_A=_rank_block(r_a),
+            INNER=inner,
+            RANK_A=ranks,
             num_warps=shape["num_warps"],
             num_stages=shape["num_stages"],
         )
     return partial
 
 
+def _mix_expand(
+    y: Tensor, partial: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
+) -> None:
+    (splits, rows, r_a), (d_out, r_b), members = partial.shape, u_b.shape, s_a.shape[0]
+    shape = config(y, "mix_expand")
+    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, shape["block_columns"]))
+    with on_device(y):
+        mix_expand_kernel[grid](
+            y,
+            partial,
+            core,
+            u_b,
+            s_a,
+            s_b,
+            offsets,
+            rows,
+            members,
+            _top_stride(members),
+            splits,
+            d_out,
+            y.stride(0),
+            R_A=r_a,
+            R_B=r_b,
+            TRANSPOSED=not u_b.is_contiguous(),
+            ROWS=shape["block_rows"],
+            COLUMNS=shape["block_columns"],
+            RANK_B=_rank_block(y, "expand", r_b),
+            WIDTH=SEARCH_WIDTH,
+            num_warps=shape["num_warps"],
+        )
+
+
 def _fused(
     y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
 ) -> None:
-    (rows, d_in), (d_out, r_b), r_a = x.shape, u_b.shape, v_a.shape[0]
+    (rows, d_in), (d_out, r_b), (members, r_a) = x.shape, u_b.shape, s_a.shape
     shape = config(x, "fused")
     with on_device(x):
         fused_kernel[(triton.cdiv(rows, shape["block_rows"]),)](
@@ -438,28 +441,34 @@ def _fused(
             s_b,
             offsets,
             rows,
-            s_a.shape[0],
-            _top_stride(s_a.shape[0]),
+            members,
+            _top_stride(members),
             d_in,
             d_out,
-            r_a,
-            r_b,
             y.stride(0),
             x.stride(0),
-            *u_b.stride(),
+            R_A=r_a,
+            R_B=r_b,
+            TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
-            INNER=shape["block_inner"],
+            INNER=shape["block_inner_bytes"] // x.element_size(),
             COLUMNS=shape["block_columns"],
-            RANK_A=_rank_block(r_a),
-            RANK_B=_rank_block(r_b),
+            RANK_A=_padded(r_a),
+            RANK_B=_padded(r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
             num_stages=shape["num_stages"],
         )
 
 
-def _rank_block(rank: int) -> int:
-    return min(max(triton.next_power_of_2(rank), LEAST_RANK_BLOCK), MOST_RANK_BLOCK)
+def _padded(rank: int) -> int:
+    return max(triton.next_power_of_2(rank), LEAST_RANKS.value)
+
+
+def _rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
+    """How many ranks a program of ``kernel`` holds at once: float32 products, which run outside the matrix unit, hold
+    their whole inner dimension in registers."""
+    return min(_padded(rank), config(tensor, kernel)["ranks_bytes"] // tensor.element_size())
 
 
 def _top_stride(members: int) -> int:
