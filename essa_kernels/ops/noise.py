@@ -88,9 +88,8 @@ def _check_shape(op: str, tile: int, shape: int | Sequence[int]) -> tuple[int, .
         raise ValueError(f"{op}: shape must have no negative size, got {list(shape)}")
     rows, cols = _matrix(shape)
     if rows * -(-cols // tile) * BLOCKS_PER_TILE > MAX_BLOCKS:
-        raise ValueError(
-            f"{op}: shape must fit the counter, rows * ceil(cols / {tile}) * {BLOCKS_PER_TILE} <= 2**32, got {list(shape)}"
-        )
+        limit = f"rows * ceil(cols / {tile}) * {BLOCKS_PER_TILE} <= 2**32"
+        raise ValueError(f"{op}: shape must fit the counter, {limit}, got {list(shape)}")
     return shape
 
 

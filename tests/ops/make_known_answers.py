@@ -1,4 +1,4 @@
-"""Writes known_answers.json from the reference. Its answers change only with NOISE_VERSION: python make_known_answers.py"""
+"""Run as a script, writes known_answers.json from the reference. The answers change only with NOISE_VERSION."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise contract: its published and its own known answers, the same bits everywhere, and what the bits look like."""
+"""The noise contract: published and own known answers, the same bits everywhere, and what the bits look like."""
 
 from __future__ import annotations
 
