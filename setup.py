@@ -31,7 +31,8 @@ class CMakeBuild(build_ext):
 
         cmake = find_tool("cmake")
         # Kept between builds, also those of pip, which uses a new temporary folder each time.
-        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{Path(os.environ.get('CXX', 'c++')).name}"
+        compiler = Path(os.environ.get("CXX", "c++").split()[0]).name
+        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{compiler}"
         configure = [
             cmake,
             "-S",
