@@ -2,7 +2,9 @@
 // svd_lora_block.h.
 #include <cooperative_groups.h>
 
+#include <initializer_list>
 #include <limits>
+#include <utility>
 
 #include "essa_cuda.h"
 #include "launch.h"
@@ -61,28 +63,30 @@ class DeviceBlock {
 };
 
 template <int R, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    svd_lora_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
   svd_lora_block<R>(DeviceBlock(parts), p);
 }
 template <int R, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_shrink_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    svd_lora_shrink_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
   svd_lora_shrink_block<R>(DeviceBlock(parts), p);
 }
 template <int R, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) svd_lora_expand_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    svd_lora_expand_kernel(const __grid_constant__ SvdLora<T> p, int parts) {
   svd_lora_expand_block<R>(DeviceBlock(parts), p);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int narrow(int64_t value, const char* op, const char* name) {
-  if (value < 0 || value > std::numeric_limits<int>::max())
-    throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(value) +
-                                ", allowed are 0 .. 2147483647");
-  return (int)value;
+// The kernels count everything but rows in int.
+void check_sizes(const char* op, std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  for (const auto& [name, value] : sizes)
+    if (value < 0 || value > std::numeric_limits<int>::max())
+      throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(value) +
+                                  ", allowed are 0 .. 2147483647");
 }
-
-bool aligned(uintptr_t pointer, size_t bytes) { return pointer % bytes == 0; }
 
 template <class T>
 using Kernel = void (*)(SvdLora<T>, int);
@@ -96,7 +100,9 @@ struct Grid {
 template <class T>
 void launch(const Grid& grid, Kernel<T> kernel, const SvdLora<T>& p, uintptr_t stream, const char* op) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)narrow(ceil_div(p.rows, grid.rows_per_block) * grid.parts, op, "rows"));
+  const int64_t blocks = ceil_div(p.rows, grid.rows_per_block) * grid.parts;
+  check_sizes(op, {{"blocks", blocks}});
+  config.gridDim = dim3((unsigned)blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
@@ -138,37 +144,6 @@ Grid choose_grid(const OnDeviceOf& device, int64_t rows, int d_in, int d_out, in
   return grid;
 }
 
-template <class T>
-void set_inputs(SvdLora<T>& p, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core, uintptr_t s_a,
-                uintptr_t s_b, uintptr_t offsets, int64_t members, int64_t d_in, int64_t r_a, const char* op) {
-  p.x = reinterpret_cast<const T*>(x);
-  p.x_stride = x_stride;
-  p.v_a = reinterpret_cast<const T*>(v_a);
-  p.core = reinterpret_cast<const float*>(core);
-  p.s_a = reinterpret_cast<const float*>(s_a);
-  p.s_b = reinterpret_cast<const float*>(s_b);
-  p.offsets = reinterpret_cast<const int64_t*>(offsets);
-  p.members = narrow(members, op, "members");
-  p.d_in = narrow(d_in, op, "d_in");
-  p.r_a = narrow(r_a, op, "r_a");
-  p.vector_inputs = aligned(x, 16) && aligned(v_a, 16) && x_stride * sizeof(T) % 16 == 0 && d_in * sizeof(T) % 16 == 0;
-}
-
-template <class T>
-void set_outputs(SvdLora<T>& p, uintptr_t y, int64_t y_stride, uintptr_t u_b, int64_t u_b_row_stride,
-                 int64_t u_b_column_stride, int64_t d_out, int64_t r_b, const char* op) {
-  p.y = reinterpret_cast<T*>(y);
-  p.y_stride = y_stride;
-  p.u_b = reinterpret_cast<const T*>(u_b);
-  p.u_b_row_stride = u_b_row_stride;
-  p.u_b_column_stride = u_b_column_stride;
-  p.d_out = narrow(d_out, op, "d_out");
-  p.r_b = narrow(r_b, op, "r_b");
-  p.vector_ranks = aligned(u_b, 16) && u_b_column_stride == 1 && u_b_row_stride * sizeof(T) % 16 == 0 &&
-                   r_b * sizeof(T) % 16 == 0;
-  p.paired_columns = aligned(y, 2 * sizeof(T)) && y_stride % 2 == 0;
-}
-
 // Calls function(T()) with the type that dtype names.
 template <class Function>
 void with_type(int dtype, const char* op, const Function& function) {
@@ -186,13 +161,14 @@ void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uint
               uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b,
               int dtype, uintptr_t stream) {
   if (rows == 0 || d_out == 0) return;
+  check_sizes("svd_lora", {{"members", members}, {"d_in", d_in}, {"d_out", d_out}, {"r_a", r_a}, {"r_b", r_b}});
   const OnDeviceOf device(y, "svd_lora");
   with_type(dtype, "svd_lora", [&](auto tag) {
     using T = decltype(tag);
     SvdLora<T> p = {};
     p.rows = rows;
-    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, "svd_lora");
-    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b, "svd_lora");
+    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, r_b);
+    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b);
     const Grid grid = choose_grid(device, rows, p.d_in, p.d_out, p.r_a, p.r_b, "svd_lora");
     const Kernel<T> kernel = grid.rows_per_block == 1 ? svd_lora_kernel<1, T> : svd_lora_kernel<kMaxRows, T>;
     launch(grid, kernel, p, stream, "svd_lora");
@@ -203,15 +179,15 @@ void svd_lora_shrink(uintptr_t h, int64_t h_stride, uintptr_t x, int64_t x_strid
                      uintptr_t s_a, uintptr_t s_b, uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in,
                      int64_t r_a, int64_t r_b, int dtype, uintptr_t stream) {
   if (rows == 0 || r_b == 0) return;
+  check_sizes("svd_lora_shrink", {{"members", members}, {"d_in", d_in}, {"r_a", r_a}, {"r_b", r_b}});
   const OnDeviceOf device(h, "svd_lora_shrink");
   with_type(dtype, "svd_lora_shrink", [&](auto tag) {
     using T = decltype(tag);
     SvdLora<T> p = {};
     p.rows = rows;
-    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, "svd_lora_shrink");
+    set_inputs(p, x, x_stride, v_a, core, s_a, s_b, offsets, members, d_in, r_a, r_b);
     p.h = reinterpret_cast<float*>(h);
     p.h_stride = h_stride;
-    p.r_b = narrow(r_b, "svd_lora_shrink", "r_b");
     const Grid grid = choose_grid(device, rows, p.d_in, 0, p.r_a, p.r_b, "svd_lora_shrink");
     const Kernel<T> kernel =
         grid.rows_per_block == 1 ? svd_lora_shrink_kernel<1, T> : svd_lora_shrink_kernel<kMaxRows, T>;
@@ -223,6 +199,7 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
                      int64_t u_b_row_stride, int64_t u_b_column_stride, int64_t rows, int64_t d_out, int64_t r_b,
                      int dtype, uintptr_t stream) {
   if (rows == 0 || d_out == 0) return;
+  check_sizes("svd_lora_expand", {{"d_out", d_out}, {"r_b", r_b}});
   const OnDeviceOf device(y, "svd_lora_expand");
   with_type(dtype, "svd_lora_expand", [&](auto tag) {
     using T = decltype(tag);
@@ -230,7 +207,7 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
     p.rows = rows;
     p.h = reinterpret_cast<float*>(h);
     p.h_stride = h_stride;
-    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b, "svd_lora_expand");
+    set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b);
     // Blocks share nothing here: no cluster, and d_out is split until the device is full.
     Grid grid = choose_grid(device, rows, 0, p.d_out, 1, p.r_b, "svd_lora_expand");
     grid.cluster = false;

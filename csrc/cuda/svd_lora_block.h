@@ -3,12 +3,14 @@
 // Meant for decode, where everything fits in L2 and the cost is launches and latency, so the whole op is one launch.
 // A block owns R rows and one part of d_in and d_out. The parts of one row block form a cluster: each reduces its
 // share of d_in, reads the others' partial sums from their shared memory, and, having the rows' h complete, updates its
-// share of d_out. Without clusters (before sm_90) each block walks all of d_in instead, from L2, and h needs no exchange.
+// share of d_out. Without clusters (before sm_90) each block walks all of d_in instead, from L2: h needs no exchange.
 // Sums run in an order fixed by the shapes, so results repeat exactly.
 //
 // The code is written against a Block (its thread index, barriers and shared memory), which is the hardware in
 // svd_lora.cu and an emulation on the host in the tests.
 #pragma once
+#include <stddef.h>
+
 #include "scalar_types.h"
 
 namespace essa {
@@ -37,6 +39,40 @@ struct SvdLora {
   bool vector_ranks;   // u_b has adjacent columns and its rows start on 16 bytes
   bool paired_columns;  // y columns move two at a time
 };
+
+inline bool aligned(uintptr_t pointer, size_t bytes) { return pointer % bytes == 0; }
+
+template <class T>
+void set_inputs(SvdLora<T>& p, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core, uintptr_t s_a,
+                uintptr_t s_b, uintptr_t offsets, int64_t members, int64_t d_in, int64_t r_a, int64_t r_b) {
+  p.x = reinterpret_cast<const T*>(x);
+  p.x_stride = x_stride;
+  p.v_a = reinterpret_cast<const T*>(v_a);
+  p.core = reinterpret_cast<const float*>(core);
+  p.s_a = reinterpret_cast<const float*>(s_a);
+  p.s_b = reinterpret_cast<const float*>(s_b);
+  p.offsets = reinterpret_cast<const int64_t*>(offsets);
+  p.members = (int)members;
+  p.d_in = (int)d_in;
+  p.r_a = (int)r_a;
+  p.r_b = (int)r_b;
+  p.vector_inputs = aligned(x, 16) && aligned(v_a, 16) && x_stride * sizeof(T) % 16 == 0 && d_in * sizeof(T) % 16 == 0;
+}
+
+template <class T>
+void set_outputs(SvdLora<T>& p, uintptr_t y, int64_t y_stride, uintptr_t u_b, int64_t u_b_row_stride,
+                 int64_t u_b_column_stride, int64_t d_out, int64_t r_b) {
+  p.y = reinterpret_cast<T*>(y);
+  p.y_stride = y_stride;
+  p.u_b = reinterpret_cast<const T*>(u_b);
+  p.u_b_row_stride = u_b_row_stride;
+  p.u_b_column_stride = u_b_column_stride;
+  p.d_out = (int)d_out;
+  p.r_b = (int)r_b;
+  p.vector_ranks = aligned(u_b, 16) && u_b_column_stride == 1 && u_b_row_stride * sizeof(T) % 16 == 0 &&
+                   r_b * sizeof(T) % 16 == 0;
+  p.paired_columns = aligned(y, 2 * sizeof(T)) && y_stride % 2 == 0;
+}
 
 // Shared memory of a block, in floats: partial sums [slices, R, r_a], scaled [R, r_a], h [R, r_b], then R row owners.
 struct Shared {
