@@ -1,6 +1,6 @@
 """A run on disk: `run.json` says what it is, `history.jsonl` what happened. Together they rebuild the search exactly.
 
-`run.json` is written once. `history.jsonl` grows by one line a generation (prompts, rewards) and one an evaluation;
+`run.json` is written when a run starts or is resumed. `history.jsonl` grows by one line a generation (prompts, rewards) and one an evaluation;
 the search state itself is never stored, because asking and telling again from the recorded rewards brings it back bit by
 bit. Each line carries a digest of itself and of everything before it, starting from the digest of the run's identity,
 so an altered, reordered or foreign line is noticed. A process that dies while writing leaves a last line without its
@@ -39,7 +39,8 @@ class Run:
     def __init__(self, directory: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
         self.directory, self.identity, self.about = directory, identity, about
         self.records: list[dict[str, Any]] = []
-        self._digest = _digest_of(identity)
+        self._digest_of_identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self._digest = self._digest_of_identity
         self._size = 0
         self._synced = 0.0
         self._file: int | None = None
@@ -63,8 +64,7 @@ class Run:
         directory = Path(directory)
         run = cls(directory, json.loads(json.dumps(identity)), json.loads(json.dumps(about, default=str)))
         directory.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "digest": run._digest, "identity": run.identity, "about": run.about}
-        write_atomically(directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
+        run._write()
         run._open()
         return run
 
@@ -94,8 +94,8 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, directory: str | Path, identity: dict[str, Any]) -> Run:
-        """Read, verify and lock a run that has this identity."""
+    def resume(cls, directory: str | Path, identity: dict[str, Any], about: dict[str, Any]) -> Run:
+        """Read, verify and lock a run that has this identity, and note how it goes on."""
         run = cls.read(directory)
         differences = _differences(run.identity, json.loads(json.dumps(identity)))
         if differences:
@@ -103,6 +103,8 @@ class Run:
                 f"the run in {str(directory)!r} cannot be resumed with other settings: " + "; ".join(differences)
             )
         run._open()
+        run.about = json.loads(json.dumps({**run.about, **about}, default=str))
+        run._write()
         return run
 
     def append(self, record: dict[str, Any]) -> None:
@@ -125,6 +127,10 @@ class Run:
             os.fsync(self._file)
             os.close(self._file)
             self._file = None
+
+    def _write(self) -> None:
+        content = {"format": FORMAT, "digest": self._digest_of_identity, "identity": self.identity, "about": self.about}
+        write_atomically(self.directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
     def _open(self) -> None:
         self._file = os.open(self.directory / HISTORY_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -151,10 +157,6 @@ class Run:
                 raise InputError(f"{str(path)!r} line {number} was altered or belongs to another run")
             self.records.append(record)
             self._size += len(line) + 1
-
-
-def _digest_of(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _chain(digest: str, body: str) -> str:

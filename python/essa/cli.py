@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,10 @@ app = typer.Typer(
     # Plain help shows every option name in full, however narrow the terminal.
     rich_markup_mode=None,
     # --output-dir is accepted for --output_dir.
-    context_settings={"token_normalize_func": lambda token: token.replace("-", "_"), "help_option_names": ["--help", "-h"]},
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("-", "_"),
+        "help_option_names": ["--help", "-h"],
+    },
 )
 
 
@@ -47,10 +50,11 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
             raise typer.BadParameter(f"cannot read {path!r}: {error}") from error
         if not isinstance(settings, dict):
             raise typer.BadParameter(f"{path!r} must hold `option: value` lines, got {type(settings).__name__}")
+        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
         known = [parameter.name for parameter in context.command.params if parameter.name != "config"]
         for name in settings:
             if name not in known:
-                raise typer.BadParameter(f"{path!r}: unknown option {name!r}{suggest(str(name), known)}")
+                raise typer.BadParameter(f"{path!r}: unknown option {name!r}{suggest(name, known)}")
         _add_defaults(context, settings)
     return path
 
@@ -143,13 +147,14 @@ RewardNames = Annotated[
     ),
 ]
 Config = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--config", callback=_read_config, is_eager=True, help="YAML file with these options; the command line wins."
     ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust_remote_code", help="Run Python code that comes with the model. Off unless you trust it.")
+    bool,
+    typer.Option("--trust_remote_code", help="Run Python code that comes with the model. Off unless you trust it."),
 ]
 
 
@@ -159,22 +164,22 @@ def align(
     dataset_name: Data,
     reward: RewardNames,
     adapter: Annotated[
-        Optional[str],
+        str | None,
         typer.Option("--adapter", help="Warm-start LoRA adapter: folder or hub name. Make one with `essa sft`."),
     ] = None,
     dataset_split: DataSplit = "train",
     eval_dataset_name: Annotated[
-        Optional[str], typer.Option("--eval_dataset_name", help="Rows to evaluate on, never searched on.")
+        str | None, typer.Option("--eval_dataset_name", help="Rows to evaluate on, never searched on.")
     ] = None,
     eval_dataset_split: Annotated[
         str, typer.Option("--eval_dataset_split", help="Split of an evaluation dataset on the hub.")
     ] = "test",
     eval_split: Annotated[
-        Optional[float],
+        float | None,
         typer.Option("--eval_split", help="Keep this fraction of dataset_name out of the search, to evaluate on."),
     ] = None,
     resume_from_checkpoint: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--resume_from_checkpoint",
             callback=_read_run,
@@ -273,13 +278,13 @@ def eval(
     dataset_name: Data,
     reward: RewardNames,
     adapter: Annotated[
-        Optional[str], typer.Option("--adapter", help="LoRA adapter: folder or hub name. Default: the bare model.")
+        str | None, typer.Option("--adapter", help="LoRA adapter: folder or hub name. Default: the bare model.")
     ] = None,
     dataset_split: DataSplit = "test",
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=1)] = 256,
-    row_budget: Annotated[
-        int, typer.Option("--row_budget", help="Most sequences decoded in one batch.", min=1)
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=1)
     ] = 256,
+    row_budget: Annotated[int, typer.Option("--row_budget", help="Most sequences decoded in one batch.", min=1)] = 256,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -301,9 +306,7 @@ def eval(
     model, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    prompts = check_prompts(
-        rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens
-    )
+    prompts = check_prompts(rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens)
     numbers = evaluate(model, tokenizer, prompts, rewards, max_new_tokens=max_new_tokens, row_budget=row_budget)
     result = {
         "model": model_name_or_path,
@@ -340,8 +343,11 @@ def _print_table(rows: dict[str, Any]) -> None:
 
 def _quiet() -> None:
     """Keep transformers' own bars and advice out of the output."""
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -123,8 +123,9 @@ class ESSAConfig(_Settings):
         None, "Weight of each reward function in the sum. Default: 1 each.", fixed=True
     )
     eval_steps: int = setting(
-        10, "Evaluate the mean on the evaluation set every so many generations (and before the first and after the "
-        "last). 0: only before and after."
+        10,
+        "Evaluate the mean on the evaluation set every so many generations (and before the first and after the "
+        "last). 0: only before and after.",
     )
     load_best_model_at_end: bool = setting(
         False, "Save the mean with the best evaluation reward instead of the last one."

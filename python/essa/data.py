@@ -126,7 +126,9 @@ class PromptSampler:
 
     def __init__(self, size: int, per_generation: int, seed: int) -> None:
         if per_generation > size:
-            raise InputError(f"prompts_per_generation must be at most the {size} training prompts, got {per_generation}")
+            raise InputError(
+                f"prompts_per_generation must be at most the {size} training prompts, got {per_generation}"
+            )
         self.size, self.per_generation, self.seed = size, per_generation, seed
         self._orders: dict[int, list[int]] = {}
 
@@ -229,9 +231,7 @@ def _check_row(row: Any, number: int, name: str) -> None:
         )
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(
-                f"{name} row {number}: a message must be {{'role': ..., 'content': ...}}, got {message!r}"
-            )
+            raise InputError(f"{name} row {number}: a message must be {{'role': ..., 'content': ...}}, got {message!r}")
 
 
 def _apply_chat_template(rows: list[dict[str, Any]], processing_class: Any, name: str) -> list[str]:

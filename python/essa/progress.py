@@ -27,16 +27,25 @@ class Progress:
     Args:
         args: the run's `ESSAConfig`.
         state: the run's `TrainerState`; read, never written.
+        metrics: what is known from before, when a run is resumed.
         enabled: False shows nothing.
         console: where to write; by default stderr.
     """
 
-    def __init__(self, args: Any, state: Any, *, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        args: Any,
+        state: Any,
+        metrics: dict[str, float],
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
         self._state, self._enabled = state, enabled
         self._console = console or Console(file=sys.stderr, highlight=False)
         self._live: LiveProgress | None = None
         self._task: Any = None
-        self._eval: dict[str, float] = {}
+        self._eval = metrics
         self._generations = args.generations
         self._first = state.global_step
         self._started = time.monotonic()

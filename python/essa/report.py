@@ -89,24 +89,22 @@ def write_report(
     """
     run = Run.read(directory)
     every = [*run_curves(run), *curves]
-    figure = _draw(every)
-    png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150)
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    png, svg = _draw(every)
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
-    page = _page(title, run, svg.getvalue(), [*tables, *_own_tables(run)])
-    (run.directory / "report.png").write_bytes(png.getvalue())
+    page = _page(title, run, svg, [*tables, *_own_tables(run)])
+    (run.directory / "report.png").write_bytes(png)
     path = run.directory / "report.html"
     write_atomically(path, page)
     return path
 
 
-def _draw(curves: Sequence[Curve]) -> Any:
+def _draw(curves: Sequence[Curve]) -> tuple[bytes, str]:
+    """The learning curve as PNG and as SVG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ink = {name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "essa", "font.size": 9}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -123,7 +121,10 @@ def _draw(curves: Sequence[Curve]) -> Any:
         by_samples.set_ylabel("reward")
         handles, labels = by_samples.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(curves)), frameon=False)
-    return figure
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
 
 
 def _draw_curve(axes: Any, curve: Curve, along: Sequence[float], colour: str) -> None:
@@ -160,7 +161,9 @@ def _own_tables(run: Run) -> list[Table]:
 
 def _page(title: str, run: Run, svg: str, tables: Sequence[Table]) -> str:
     drawing = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    drawing = re.sub(r"font: [^;\"]*'DejaVu Sans'[^;\"]*", lambda m: m[0].split("'")[0] + "system-ui, sans-serif", drawing)
+    drawing = re.sub(
+        r"font: [^;\"]*'DejaVu Sans'[^;\"]*", lambda m: m[0].split("'")[0] + "system-ui, sans-serif", drawing
+    )
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -31,13 +31,17 @@ class RewardError(InputError):
     """A reward function failed during a run. The run itself is intact and can be resumed."""
 
 
-def exact_match(completions: list, answer: list | None = None, solution: list | None = None, **kwargs: Any) -> list[float]:
+def exact_match(
+    completions: list, answer: list | None = None, solution: list | None = None, **kwargs: Any
+) -> list[float]:
     """1 where the completion equals the column `answer` (or `solution`), surrounding white space aside, else 0."""
     references = solution if answer is None else answer
     return [float(_text(c).strip() == str(r).strip()) for c, r in zip(completions, references, strict=True)]
 
 
-def math_match(completions: list, answer: list | None = None, solution: list | None = None, **kwargs: Any) -> list[float]:
+def math_match(
+    completions: list, answer: list | None = None, solution: list | None = None, **kwargs: Any
+) -> list[float]:
     """1 where math-verify finds the completion's final answer equal to the column `answer` (or `solution`), else 0.
 
     A reference may be a bare expression, LaTeX, or a worked solution that ends in `#### answer`.
@@ -116,7 +120,9 @@ def _import_reward(name: str) -> Reward:
     try:
         found = importlib.import_module(module_name)
     except Exception as error:
-        raise InputError(f"reward {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"reward {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(found, attribute):
         raise InputError(f"reward {name!r}: {module_name!r} has no {attribute!r}{suggest(attribute, dir(found))}")
     reward = getattr(found, attribute)
@@ -160,7 +166,9 @@ class Rewards:
         for name, function in zip(self.names, self._functions, strict=True):
             if function in BUILT_IN.values():
                 if not set(REFERENCE_COLUMNS) & set(prompts.columns):
-                    raise InputError(f"reward {name!r} needs a column 'answer' or 'solution'; {prompts.name} has {have}")
+                    raise InputError(
+                        f"reward {name!r} needs a column 'answer' or 'solution'; {prompts.name} has {have}"
+                    )
                 continue
             try:
                 parameters = inspect.signature(function).parameters.values()
@@ -253,7 +261,9 @@ def _finite(name: str, value: Any, prompts: Prompts, answer: Answer) -> float | 
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, str) or not math.isfinite(number):
-        raise RewardError(f"reward {name!r} returned {value!r}, must be a finite number - for {_where(prompts, answer)}")
+        raise RewardError(
+            f"reward {name!r} returned {value!r}, must be a finite number - for {_where(prompts, answer)}"
+        )
     return number
 
 

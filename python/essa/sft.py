@@ -64,7 +64,9 @@ def sft(
         optimizer.step()
         optimizer.zero_grad()
         if not torch.isfinite(loss):
-            raise InputError(f"learning_rate {args.learning_rate!r} is too high: the loss is {loss.item()} at step {step}")
+            raise InputError(
+                f"learning_rate {args.learning_rate!r} is too high: the loss is {loss.item()} at step {step}"
+            )
         if log is not None:
             log(step, loss.item())
     peft_model.eval()
@@ -80,9 +82,7 @@ class _Example:
 
 def _examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> list[_Example]:
     prompts = Prompts.check(dataset, tokenizer, name="dataset", room=None)
-    completions = [
-        _completion_text(row, number, prompts, tokenizer) for number, row in enumerate(prompts.rows)
-    ]
+    completions = [_completion_text(row, number, prompts, tokenizer) for number, row in enumerate(prompts.rows)]
     end = [] if prompts.conversational or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt_ids = tokenizer(prompts.texts).input_ids
     completion_ids = tokenizer(completions, add_special_tokens=False).input_ids

@@ -120,7 +120,9 @@ class ESSATrainer:
         run = self._open_run(resume_from_checkpoint)
         try:
             self._replay(run)
-            with Progress(self.args, self.state, enabled=self.args.progress) as progress:
+            last = list(self.evaluations.values())[-1:]
+            metrics = {"eval_reward": last[0]["reward"]} if last else {}
+            with Progress(self.args, self.state, metrics, enabled=self.args.progress) as progress:
                 self._emit("on_train_begin")
                 try:
                     self._search(run, progress)
@@ -185,12 +187,13 @@ class ESSATrainer:
     def _open_run(self, resume: str | bool | None) -> Run:
         directory = Path(self.args.output_dir)
         if not resume:
-            return Run.create(directory, self._identity(), self._about())
+            started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            return Run.create(directory, self._identity(), {"started": started, **self._about()})
         if not isinstance(resume, bool) and Path(resume).resolve() != directory.resolve():
             raise InputError(
                 f"resume_from_checkpoint must be the run's own output_dir {str(directory)!r}, got {str(resume)!r}"
             )
-        return Run.resume(directory, self._identity())
+        return Run.resume(directory, self._identity(), self._about())
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -205,7 +208,6 @@ class ESSATrainer:
     def _about(self) -> dict[str, Any]:
         return {
             **self.about,
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "model": self.model.config._name_or_path,
             "settings": self.args.to_dict(),
             "environment": essa_kernels.env_report(),

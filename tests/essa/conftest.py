@@ -1,16 +1,24 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-import essa.demo
 from essa.demo import task
+from essa.demo.warm_start import BASE_MODEL
 
-BASE_MODEL = Path(essa.demo.__file__).parent / "base_model"
 CHAT_TEMPLATE = (
     "{% for message in messages %}?{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than the searches of these tests; those that need the report ask for `pictures`."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("essa.report.write_report", lambda directory: None)
+
+
+@pytest.fixture
+def pictures():
+    """Let trainers write their reports."""
 
 
 @pytest.fixture

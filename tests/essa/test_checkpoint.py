@@ -8,11 +8,10 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run, write_folder
 from essa.config import InputError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 IDENTITY = {"settings": {"sigma": 0.2, "seed": 3}, "noise_version": 1}
 
@@ -35,9 +34,10 @@ def test_records_come_back_exactly(tmp_path):
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
     new_run(tmp_path, records=2)
-    run = Run.resume(tmp_path, IDENTITY)
+    run = Run.resume(tmp_path, IDENTITY, {"generations": 3})
     run.append({"generation": 2})
     run.close()
+    assert Run.read(tmp_path).about == {"about": "a test", "generations": 3}
     assert [record["generation"] for record in Run.read(tmp_path).records] == [0, 1, 2]
 
 
@@ -58,16 +58,16 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_other_settings_are_named(tmp_path):
     new_run(tmp_path)
     with pytest.raises(InputError, match=r"settings sigma was 0.2, now 0.3"):
-        Run.resume(tmp_path, {**IDENTITY, "settings": {"sigma": 0.3, "seed": 3}})
+        Run.resume(tmp_path, {**IDENTITY, "settings": {"sigma": 0.3, "seed": 3}}, {})
 
 
 def test_a_run_in_use_is_refused(tmp_path):
     new_run(tmp_path)
-    run = Run.resume(tmp_path, IDENTITY)
+    run = Run.resume(tmp_path, IDENTITY, {})
     with pytest.raises(InputError, match="in use by another process"):
-        Run.resume(tmp_path, IDENTITY)
+        Run.resume(tmp_path, IDENTITY, {})
     run.close()
-    Run.resume(tmp_path, IDENTITY).close()
+    Run.resume(tmp_path, IDENTITY, {}).close()
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,7 +79,7 @@ def test_a_history_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, cut):
     cut %= len(content) + 1
     (folder / HISTORY_FILE).write_bytes(content[:cut])
     whole = content[:cut].count(b"\n")
-    run = Run.resume(folder, IDENTITY)
+    run = Run.resume(folder, IDENTITY, {})
     assert [record["generation"] for record in run.records] == list(range(whole))
     for generation in range(whole, 3):
         run.append({"generation": generation, "rewards": [[0.1 * generation, 1 / 3]]})
@@ -180,7 +180,7 @@ def test_kill_minus_nine_while_writing(tmp_path):
         time.sleep(delay)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-        run = Run.resume(folder, {"a": 1})
+        run = Run.resume(folder, {"a": 1}, {})
         assert [record["generation"] for record in run.records] == list(range(len(run.records)))
         run.append({"generation": len(run.records)})
         run.close()

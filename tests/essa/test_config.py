@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import pytest
-
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
 
 

@@ -4,7 +4,6 @@ import collections
 import json
 
 import pytest
-
 from essa.config import InputError
 from essa.data import Prompts, PromptSampler, read_rows, split_rows
 

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-
 from essa.config import InputError
 from essa.data import Prompts
 from essa.rewards import Answer, RewardError, Rewards, exact_match, find_reward, math_match
@@ -104,7 +103,9 @@ def test_none_is_no_opinion_but_someone_must_have_one():
         return [1.0, None, None, None][: len(completions)]
 
     assert Rewards([only_first, constant(2)], None)(PROMPTS, ANSWERS).tolist() == [3.0, 2.0, 2.0, 2.0]
-    with pytest.raises(RewardError, match=r"only_first.* returned None for member 0, prompt 1 of train_dataset \('2\+2'\)"):
+    with pytest.raises(
+        RewardError, match=r"only_first.* returned None for member 0, prompt 1 of train_dataset \('2\+2'\)"
+    ):
         Rewards(only_first, None)(PROMPTS, ANSWERS)
 
 
@@ -130,7 +131,9 @@ def test_an_exception_is_named_with_its_prompt_and_member():
     def fragile(completions, **kwargs):
         return [1 / (completion != "4") for completion in completions]
 
-    with pytest.raises(RewardError, match=r"fragile' raised ZeroDivisionError.*member 1, prompt 1.*completion '4'") as caught:
+    with pytest.raises(
+        RewardError, match=r"fragile' raised ZeroDivisionError.*member 1, prompt 1.*completion '4'"
+    ) as caught:
         Rewards(fragile, None)(PROMPTS, ANSWERS)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -165,7 +168,10 @@ def test_names():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("exact_mach", "must be one of exact_match, math or path.to.module:function, got 'exact_mach' - did you mean 'exa"),
+        (
+            "exact_mach",
+            "must be one of exact_match, math or path.to.module:function, got 'exact_mach' - did you mean 'exa",
+        ),
         ("no.such.module:f", "importing 'no.such.module' failed: ModuleNotFoundError"),
         ("essa.rewards:exact_mtch", "has no 'exact_mtch' - did you mean 'exact_match'"),
         ("essa.rewards:BUILT_IN", "must be a function, got dict"),

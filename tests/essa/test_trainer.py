@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
-
 from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run
 from essa.config import InputError
+from essa.demo.warm_start import BASE_MODEL
 from essa.models import load_adapter, load_base
 from essa.rewards import RewardError
-from tests.essa.conftest import BASE_MODEL
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 STRATEGIES = ["cma", "cma-diagonal", "es-per-completion"]
 TIMING = ("seconds", "rollout_seconds")
@@ -60,7 +59,7 @@ def reference(finished, make_trainer):
     return get
 
 
-def test_a_search_finds_the_right_answers_and_the_adapter_holds_them_in_plain_peft(make_trainer, problems):
+def test_a_search_finds_the_right_answers_and_the_adapter_holds_them_in_plain_peft(make_trainer, problems, pictures):
     trainer = make_trainer(population_size=64, prompts_per_generation=8, generations=25)
     summary = trainer.train()
     assert summary["samples"] == 25 * 64
