@@ -6,11 +6,18 @@ several implementations; `explain` says which of them serves you here.
 
 from __future__ import annotations
 
+import importlib.metadata as _metadata
+
 from .dispatch import explain
 from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
 from .ops.noise import gaussian, rademacher
 from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_shrink
+
+try:
+    __version__ = _metadata.version("essa-kernels")
+except _metadata.PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "NOISE_VERSION",

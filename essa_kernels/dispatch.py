@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -45,11 +46,6 @@ class Explanation(str):
     __repr__ = str.__str__
 
 
-def triton_interprets() -> bool:
-    """Whether Triton runs its kernels in its interpreter, which also takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @functools.cache
 def compiled_module_error() -> str | None:
     """Why `essa_kernels._C` cannot be used, or None. A module that is there but does not load is not "not built"."""
@@ -62,29 +58,43 @@ def compiled_module_error() -> str | None:
     return None
 
 
+def build_info() -> dict[str, Any]:
+    """How the compiled module was built and what it chose on this machine. Only where it loads."""
+    return importlib.import_module("essa_kernels._C").build_info()
+
+
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why ``backend`` cannot take tensors on ``device_type`` in this process, or None if it can."""
-    if backend == "reference":
-        return None
+    reason = None
     if backend == "triton":
-        if device_type != "cuda" and not (device_type == "cpu" and triton_interprets()):
-            return (
-                f"Triton takes cuda tensors, and cpu tensors only under TRITON_INTERPRET=1, not {device_type} tensors"
-            )
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if device_type == "cuda" and not torch.cuda.is_available():
-            return "torch sees no GPU"
-        return None
+        reason = _triton_unavailable(device_type)
+    elif backend != "reference":
+        reason = _native_unavailable(backend, device_type)
+    if reason is None and device_type == "cuda" and not torch.cuda.is_available():
+        reason = "torch sees no GPU"
+    return reason
+
+
+def _native_unavailable(backend: str, device_type: str) -> str | None:
     if device_type != backend:
         return f"it takes {backend} tensors, not {device_type} tensors"
-    if compiled_module_error():
-        return compiled_module_error()
+    if error := compiled_module_error():
+        return error
     if backend == "cuda":
-        if not importlib.import_module("essa_kernels._C").build_info()["cuda"]:
+        build = build_info()
+        if not build["cuda"]:
             return "the compiled module was built without CUDA"
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
+        if build["cuda_device"].startswith("unavailable: "):
+            return build["cuda_device"].removeprefix("unavailable: ")
+    return None
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (device_type == "cpu" and interprets):
+        return f"it takes cuda tensors, and cpu tensors under TRITON_INTERPRET=1, not {device_type} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     return None
 
 
@@ -139,18 +149,19 @@ def explain(op: str | None = None) -> Explanation:
     for name in OPS if op is None else (op,):
         lines.append(name)
         for device_type, backends in PREFERENCE.items():
-            lines += _explain_device(device_type, backends)
+            lines.append(f"  {device_type} tensors:")
+            lines += _explain_backends(device_type, backends)
     return Explanation("\n".join(lines))
 
 
-def _explain_device(device_type: str, backends: tuple[str, ...]) -> list[str]:
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return ["  on cuda: torch sees no GPU"]
-    lines = [f"  on {device_type}:"]
-    chosen = None
-    for backend in backends:
-        reason = unavailable(backend, device_type)
-        if reason is None and chosen is None:
-            chosen = backend
-        lines.append(f"    {'*' if backend == chosen else ' '} {backend:<10} {reason or 'available'}")
-    return lines
+def _explain_backends(device_type: str, backends: tuple[str, ...]) -> list[str]:
+    reasons = {backend: unavailable(backend, device_type) for backend in backends}
+    chosen = next((backend for backend, reason in reasons.items() if reason is None), None)
+    return [
+        f"    {'*' if backend == chosen else ' '} {backend:<10} {reason or _available(backend)}"
+        for backend, reason in reasons.items()
+    ]
+
+
+def _available(backend: str) -> str:
+    return f"available, compiled for {build_info()['cpu_isa']}" if backend == "cpu" else "available"

@@ -77,6 +77,4 @@ def _cuda() -> dict[str, Any]:
 def _compiled_module() -> dict[str, Any]:
     if error := dispatch.compiled_module_error():
         return {"error": error}
-    from . import _C
-
-    return dict(_C.build_info())
+    return dispatch.build_info()

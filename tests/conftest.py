@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -31,9 +35,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def available_backends() -> list[tuple[str, str]]:
-    """(backend, device) pairs an op can run on here, the reference on the CPU first."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    pairs = [(backend, device) for device in devices for backend in reversed(dispatch.PREFERENCE[device])]
+    """(backend, device) pairs an op can run on here."""
+    pairs = [(backend, device) for device in dispatch.PREFERENCE for backend in dispatch.MODULES]
     return [(backend, device) for backend, device in pairs if dispatch.unavailable(backend, device) is None]
 
 
@@ -48,3 +51,15 @@ def native() -> None:
     """Skips the test where the compiled module is missing."""
     if error := dispatch.compiled_module_error():
         pytest.skip(error)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa_environment(request: pytest.FixtureRequest, native: None) -> dict[str, str]:
+    """The environment of a process held to one instruction set. Skips those not to be had here."""
+    environment = os.environ | {"ESSA_CPU_ISA": request.param}
+    module = Path(importlib.util.find_spec("essa_kernels._C").origin)
+    load = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(module.parent)!r}); import _C"]
+    attempt = subprocess.run(load, env=environment, capture_output=True, text=True, check=False)
+    if attempt.returncode:
+        pytest.skip(attempt.stderr.strip().splitlines()[-1])
+    return environment

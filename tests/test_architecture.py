@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "native": {"_C"},
     "dispatch": set(),
     "ops": {"dispatch", "noise"},
-    "env": {"dispatch", "noise", "_C"},
+    "env": {"dispatch", "noise"},
     "nn": {"public"},
     "__init__": {"dispatch", "env", "noise", "ops"},
 }

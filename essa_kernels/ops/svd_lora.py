@@ -153,6 +153,20 @@ def _expand_fits(y: Tensor, u_b: Tensor, r_b: int) -> bool:
     )
 
 
+def _expand_with_h_fits(y: Tensor, h: Tensor, u_b: Tensor) -> bool:
+    return (
+        y.dim() > 0
+        and h.dim() == 2
+        and not torch.is_grad_enabled()
+        and _expand_fits(y, u_b, h.shape[1])
+        and h.shape[0] * y.shape[-1] == y.numel()
+        and y.dtype in DTYPES
+        and h.dtype is torch.float32
+        and h.device == y.device
+        and h.stride(1) == 1
+    )
+
+
 def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
     check_floating(op, "x", x)
@@ -283,7 +297,8 @@ def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
 
 def _run_expand(y, h, u_b, backend=None) -> None:
     implementation = dispatch.resolve("svd_lora_expand_", y.device, backend)
-    _check_expand(y, h, u_b)
+    if not _expand_with_h_fits(y, h, u_b):
+        _check_expand(y, h, u_b)
     y = _rows_of_y("svd_lora_expand_", y)
     if y.shape[0]:
         implementation(y, h, u_b)

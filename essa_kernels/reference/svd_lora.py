@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def svd_lora_shrink(
-    h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
-) -> None:
+def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     """h = s_b[m] * (core (s_a[m] * (v_a x))), row by row, where m is the member that owns the row."""
     members = torch.arange(s_a.shape[0], device=x.device)
     member = members.repeat_interleave(offsets.diff(), output_size=x.shape[0])

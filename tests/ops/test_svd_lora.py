@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -267,6 +269,28 @@ def test_threads_change_nothing(dtype, seed, native):
             assert torch.equal(svd_lora(*operands, backend="cpu"), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_every_instruction_set(isa_environment):
+    """The tests of values, in a process that is held to one instruction set."""
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "any_sizes or (cpu-cpu and halves)",
+            __file__,
+        ],
+        env=isa_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
 
 
 # Registration
