@@ -1,6 +1,7 @@
 """Block shapes and launch parameters, as data: `configs.json` holds a default and what differs per architecture.
 
-Nothing is tuned at run time, so a result never depends on what was measured when.
+Nothing is tuned at run time, so a result never depends on what was measured when. "cpu" is Triton's interpreter, where
+few large programs are fastest.
 """
 
 from __future__ import annotations

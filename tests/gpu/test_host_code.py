@@ -1,0 +1,116 @@
+"""csrc/cuda's device code, compiled by the host compiler and run by emulated threads (host_code.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from essa_kernels.reference import noise as reference
+
+from .problems import DTYPES, SHAPES, Problem, assert_h, assert_y, problem
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+SVD_LORA, SHRINK, EXPAND = range(3)
+# rows per block, threads, parts, cluster: what svd_lora.cu chooses among, with fewer threads
+GEOMETRIES = {
+    "one block": (1, 32, 1, True),
+    "cluster": (4, 64, 4, True),
+    "wide block, no cluster": (4, 128, 2, False),
+}
+
+
+@pytest.fixture(scope="module")
+def host_code(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("host_code") / "host_code.so"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-Wall", f"-I{CSRC}"]
+    subprocess.run([COMPILER, *flags, HERE / "host_code.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def fill(host_code: ctypes.CDLL, distribution: str, shape: tuple[int, int], key: tuple[int, ...]) -> torch.Tensor:
+    out = torch.full((shape[0] * shape[1] + 1,), float("nan"))
+    seed, generation, site, member = key
+    host_code.fill(
+        int(distribution == "rademacher"),
+        ctypes.c_void_p(out.data_ptr()),
+        *map(ctypes.c_int64, shape),
+        ctypes.c_uint64(seed),
+        ctypes.c_uint32(generation),
+        ctypes.c_uint32(site),
+        ctypes.c_uint64(member),
+    )
+    assert out[-1].isnan(), "wrote past the end"
+    return out[:-1].view(shape)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("shape", "key"),
+    [
+        ((1, 1), (0, 0, 0, 0)),
+        ((3, 1000), (2**64 - 1, 2**32 - 1, 2**30 - 1, 2**33 - 1)),
+        ((37, 129), (2**63 + 5, 7, 1, 2)),
+        ((5, 2050), (11, 2**31, 3, 1)),
+        ((16, 65536), (2026, 1, 2, 3)),
+    ],
+)
+def test_fills_have_the_bits_of_the_contract(host_code, distribution, shape, key):
+    expected = torch.empty(shape)
+    getattr(reference, distribution)(expected, *key)
+    got = fill(host_code, distribution, shape, key)
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+def run(host_code: ctypes.CDLL, op: int, p: Problem, h: torch.Tensor, geometry: str) -> None:
+    def size(value: int) -> ctypes.c_int64:
+        return ctypes.c_int64(value)
+
+    def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(tensor.data_ptr())
+
+    (rows, d_in), (r_b, r_a), d_out, members = p.x.shape, p.core.shape, p.u_b.shape[0], p.s_a.shape[0]
+    host_code.svd_lora(
+        op,
+        *(address(p.y), size(p.y.stride(0)), address(p.x), size(p.x.stride(0))),
+        *(address(p.v_a), address(p.core), address(p.u_b), *map(size, p.u_b.stride())),
+        *(address(p.s_a), address(p.s_b), address(p.offsets), address(h), size(h.stride(0))),
+        *map(size, (rows, members, d_in, d_out, r_a, r_b)),
+        DTYPES.index(p.x.dtype),
+        *GEOMETRIES[geometry],
+    )
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_lora(host_code, seed, geometry, shape, dtype):
+    p = problem(shape, dtype, transposed=geometry == "one block")
+    y = p.y.clone()
+    padding = p.y.as_strided((p.y.shape[0], 8), p.y.stride(), p.y.shape[1])
+    padding.fill_(7)
+    h = torch.full((p.x.shape[0], p.core.shape[0]), float("nan"))
+    run(host_code, SVD_LORA, p, h, geometry)
+    assert padding.eq(7).all(), "wrote beside y"
+    assert_y(p.y, p._replace(y=y))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_lora_in_two_halves(host_code, seed, shape, dtype):
+    p, geometry = problem(shape, dtype), "cluster"
+    y = p.y.clone()
+    h = torch.full((p.x.shape[0], p.core.shape[0] + 3), float("nan"))[:, 2:-1]
+    run(host_code, SHRINK, p, h, geometry)
+    assert_h(h, p)
+    run(host_code, EXPAND, p, h, geometry)
+    assert_y(p.y, p._replace(y=y), h)
