@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +82,21 @@ class AdaptedLayer:
     columns_b: slice
 
 
+class Casts(dict[torch.dtype, tuple[Tensor, list[Tensor]]]):
+    """Per dtype of the activations, made when first asked for: the layers' v_a stacked, [sum k_a, d_in], and each layer's
+    u_b [d_out, k_b]."""
+
+    def __init__(self, layers: Sequence[AdaptedLayer], device: torch.device) -> None:
+        self.layers, self.device = layers, device
+
+    def __missing__(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        v_a = [layer.factors.v_a for layer in self.layers]
+        stacked = v_a[0] if len(v_a) == 1 else torch.cat(v_a)
+        u_b = [layer.factors.u_b.to(self.device, dtype) for layer in self.layers]
+        self[dtype] = stacked.to(self.device, dtype), u_b
+        return self[dtype]
+
+
 class Projections:
     """Adapted layers that are given the same tensor, or one layer alone: their part of the model that members share."""
 
@@ -90,17 +104,12 @@ class Projections:
         self.layers = layers
         self.core = torch.block_diag(*(layer.factors.core for layer in layers))
         self.ranks_b = [layer.factors.core.shape[0] for layer in layers]
-        self._casts: dict[torch.device, dict[torch.dtype, tuple[Tensor, list[Tensor]]]] = {}
+        self._casts: dict[torch.device, Casts] = {}
 
-    def cast(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """The stacked v_a [sum k_a, d_in] and each layer's u_b [d_out, k_b] in the activations' dtype."""
-        casts = self._casts.setdefault(device, {})
-        if dtype not in casts:
-            v_a = [layer.factors.v_a for layer in self.layers]
-            stacked = v_a[0] if len(v_a) == 1 else torch.cat(v_a)
-            u_b = [layer.factors.u_b.to(device, dtype) for layer in self.layers]
-            casts[dtype] = stacked.to(device, dtype), u_b
-        return casts[dtype]
+    def casts(self, device: torch.device) -> Casts:
+        if device not in self._casts:
+            self._casts[device] = Casts(self.layers, device)
+        return self._casts[device]
 
     def forwards(
         self, population: Population, values: Tensor, adapter_name: str
@@ -136,7 +145,7 @@ class Shrink:
         s_b: Tensor,
     ) -> None:
         self.offsets_for = population.offsets_for
-        self.cast = functools.partial(projections.cast, device=device)
+        self.casts = projections.casts(device)
         self.core, self.s_a, self.s_b = core, s_a, s_b
         self.ranks_b = projections.ranks_b
         self.x: Tensor | None = None
@@ -156,7 +165,7 @@ class Shrink:
         return h
 
     def _compute(self, x: Tensor) -> None:
-        v_a, _ = self.cast(x.dtype)
+        v_a, _ = self.casts[x.dtype]
         h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, self.offsets_for(x))
         self.h = list(h.split(self.ranks_b, 1))
         self.x, self.version, self.waiting = x, _version(x), len(self.h)
@@ -168,24 +177,26 @@ def _version(x: Tensor) -> int | None:
 
 
 def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Callable[..., Tensor]:
+    casts, take = shrink.casts, shrink.take
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base_layer(x, *args, **kwargs)
-        _, u_b = shrink.cast(y.dtype)
-        return svd_lora_expand_(y, shrink.take(position, x), u_b[position])
+        _, u_b = casts[y.dtype]
+        return svd_lora_expand_(y, take(position, x), u_b[position])
 
     return forward
 
 
 def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Callable[..., Tensor]:
-    cast, core, s_a, s_b, offsets_for = shrink.cast, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
+    casts, core, s_a, s_b, offsets_for = shrink.casts, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = base_layer(x, *args, **kwargs)
-        v_a, (u_b,) = cast(x.dtype)
+        v_a, (u_b,) = casts[x.dtype]
         if y.dtype is x.dtype:
             return svd_lora(x, v_a, core, u_b, s_a, s_b, offsets_for(x), y)
         h = svd_lora_shrink(x, v_a, core, s_a, s_b, offsets_for(x))
-        return svd_lora_expand_(y, h, cast(y.dtype)[1][0])
+        return svd_lora_expand_(y, h, casts[y.dtype][1][0])
 
     return forward
 
