@@ -335,6 +335,7 @@ def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor
             RANK_B=ranks,
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
         )
 
 
@@ -358,6 +359,7 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
             COLUMNS=shape["block_columns"],
             RANK_B=_rank_block(y, "expand", r_b),
             num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
         )
 
 
@@ -388,6 +390,7 @@ def _project(x: Tensor, v_a: Tensor) -> Tensor:
             INNER=inner,
             RANK_A=ranks,
             num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
             num_stages=shape["num_stages"],
         )
     return partial
@@ -422,6 +425,7 @@ def _mix_expand(
             RANK_B=_rank_block(y, "expand", r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
         )
 
 
@@ -457,6 +461,7 @@ def _fused(
             RANK_B=_padded(r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
             num_stages=shape["num_stages"],
         )
 

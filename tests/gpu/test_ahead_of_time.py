@@ -1,0 +1,182 @@
+"""Every Triton kernel compiled without a GPU, as the launching code would launch it: what it needs, what it computes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from .ptx import assert_correctly_rounded
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import JITFunction  # noqa: E402
+
+from essa_kernels.tl import config, noise, svd_lora  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, arch: str) -> list[Launch]:
+    """Collects what would be launched on ``arch``, in place of launching it."""
+    collected = []
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
+        collected.append(Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named, options))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(config, "architecture", lambda device: arch)
+    return collected
+
+
+def compiled(launch: Launch, arch: str) -> Any:
+    """The launch compiled with the specialisation a real one would have."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            aligned = False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[arch], options=launch.options)
+
+
+def assert_fits(kernel: Any, arch: str, most_registers: int) -> None:
+    """No spills, and registers within bounds."""
+    if arch.startswith("gfx"):
+        assembly = kernel.asm["amdgcn"]
+        for spilled in (r"\.vgpr_spill_count: *(\d+)", r"\.sgpr_spill_count: *(\d+)", r"; ScratchSize: *(\d+)"):
+            assert int(re.search(spilled, assembly)[1]) == 0, spilled
+        registers = int(re.search(r"; TotalNumVgprs: *(\d+)", assembly)[1])
+    else:
+        command = [get_ptxas(TARGETS[arch].arch).path, "-v", "--gpu-name", f"{arch}a" if arch == "sm_90" else arch]
+        report = subprocess.run(
+            [*command, "-o", "/dev/null", "-"], input=kernel.asm["ptx"], capture_output=True, text=True, check=False
+        )
+        assert report.returncode == 0, report.stderr
+        assert re.search(r"(\d+) bytes spill stores", report.stderr)[1] == "0", report.stderr
+        assert re.search(r"(\d+) bytes spill loads", report.stderr)[1] == "0", report.stderr
+        registers = int(re.search(r"Used (\d+) registers", report.stderr)[1])
+    print(f"{kernel.metadata.name} {arch}: {registers} registers, {kernel.metadata.shared} bytes shared")
+    assert registers <= most_registers
+    assert kernel.metadata.shared <= 64 << 10
+
+
+@pytest.fixture(params=TARGETS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("cols", [4096, 129])
+@pytest.mark.parametrize("fill", [noise.gaussian, noise.rademacher])
+def test_noise(launches, arch, fill, cols):
+    fill(torch.empty(64, cols, device="meta"), 2**64 - 1, 5, 1, 3)
+    (launch,) = launches
+    kernel = compiled(launch, arch)
+    assert_fits(kernel, arch, most_registers=64)
+    if arch.startswith("sm"):
+        ptx = kernel.asm["ptx"]
+        assert_correctly_rounded(ptx)
+        assert "bar.sync" not in ptx, "the noise goes through shared memory"
+        assert ("st.global.v4" in ptx) == (fill is noise.rademacher and cols == 4096)
+    else:
+        assert_correctly_rounded_on_amd(kernel.asm["amdgcn"])
+
+
+def assert_correctly_rounded_on_amd(assembly: str) -> None:
+    """No approximate instruction, and every square root is corrected: v_sqrt_f32 alone may be an ulp off."""
+    assert ".amdhsa_float_round_mode_32 0" in assembly, "not to nearest even"
+    assert ".amdhsa_float_denorm_mode_32 3" in assembly, "denormals are flushed"
+    used = re.findall(r"^\s+(v_\w+_f32)\w*", assembly, re.MULTILINE)
+    for inexact in ("v_exp_f32", "v_log_f32", "v_sin_f32", "v_cos_f32", "v_rsq_f32", "v_mad_f32", "v_mac_f32"):
+        assert inexact not in used
+    corrections = [name for name in used if re.fullmatch(r"v_cmp_[gl][et]_f32", name)]
+    assert len(corrections) >= 2 * used.count("v_sqrt_f32")
+
+
+def test_a_key_compiles_nothing_anew(launches, arch):
+    keys = [(0, 0, 0, 0), (1, 1, 1, 2), (16, 32, 48, 64), (2**64 - 1, 2**32 - 1, 2**30 - 1, 2**33 - 1)]
+    for fill in (noise.gaussian, noise.rademacher):
+        for key in keys:
+            fill(torch.empty(64, 4096, device="meta"), *key)
+        key_arguments = [
+            {
+                parameter.name: launch.arguments[parameter.name]
+                for parameter in launch.kernel.params
+                if parameter.name in noise.KEY_ARGUMENTS and parameter.do_not_specialize
+            }
+            for launch in launches
+        ]
+        for arguments in key_arguments:
+            assert list(arguments) == noise.KEY_ARGUMENTS
+            assert all(-(2**31) <= word < 2**31 for word in arguments.values())
+
+
+def operands(rows: int, rank: int, dtype: torch.dtype, size: int) -> tuple[torch.Tensor, ...]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    shared = empty(rank, size, dtype=dtype), empty(rank, rank), empty(size, rank, dtype=dtype)
+    values = empty(64, rank), empty(64, rank), empty(65, dtype=torch.int64)
+    return empty(rows, size, dtype=dtype), empty(rows, size, dtype=dtype), *shared, *values
+
+
+def check_svd_lora(launches: list[Launch], arch: str, dtype: torch.dtype, rank: int, size: int = 4096) -> None:
+    """Every kernel of the three ways through svd_lora."""
+    y, x, v_a, core, u_b, *values = operands(64, rank, dtype, size)
+    svd_lora.svd_lora_(y, x, v_a, core, u_b, *values)
+    h = torch.empty(64, rank, device="meta")
+    svd_lora.svd_lora_shrink(h, x, v_a, core, *values)
+    svd_lora.svd_lora_expand_(y, h, u_b)
+    svd_lora.svd_lora_(*operands(8192, rank, dtype, size))
+    for launch in {launch.kernel: launch for launch in launches}.values():
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256)
+        if arch.startswith("sm") and size % 16 == 0:
+            ptx = kernel.asm["ptx"]
+            assert not re.search(r"ld\.global\.[bu](8|16)\b", ptx), "narrow loads"
+            if dtype != torch.float32 and launch.kernel is not svd_lora.mix_kernel:
+                assert re.search("mma", ptx), "no matrix unit"
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 8), (torch.float32, 16)])
+def test_svd_lora(launches, arch, dtype, rank):
+    check_svd_lora(launches, arch, dtype, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4096, 1134])
+@pytest.mark.parametrize("rank", [16, 32, 48, 64, 256, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_svd_lora_at_other_shapes(launches, arch, dtype, rank, size):
+    check_svd_lora(launches, arch, dtype, rank, size)

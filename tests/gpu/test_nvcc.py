@@ -1,0 +1,39 @@
+"""csrc/cuda compiled by nvcc, without a GPU: what the kernels need, and only correctly rounded noise."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .ptx import assert_correctly_rounded
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in CUDA.glob("*.cu")))
+def test_kernels_fit(tmp_path, source):
+    command = [NVCC, "-std=c++17", "-O3", *ARCHITECTURES, "-Xptxas", "-v", "-c", CUDA / source, "-o", tmp_path / "o.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    assert set(re.findall(r"(\d+) bytes spill", done.stderr)) <= {"0"}, done.stderr
+    assert set(re.findall(r"(\d+) bytes stack frame", done.stderr)) <= {"0"}, done.stderr
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)]
+    print(source, "registers:", sorted(registers))
+    assert max(registers, default=0) <= (64 if source == "noise.cu" else 128)
+
+
+def test_noise_is_correctly_rounded(tmp_path):
+    ptx = tmp_path / "noise.ptx"
+    subprocess.run([NVCC, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", CUDA / "noise.cu", "-o", ptx], check=True)
+    assert_correctly_rounded(ptx.read_text())
+    assert ptx.read_text().count("sqrt.rn.f32") == 8
+    assert "st.global.v4" in ptx.read_text()
