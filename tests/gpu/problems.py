@@ -39,9 +39,15 @@ class Problem(NamedTuple):
         return self.x, self.v_a, self.core, self.s_a, self.s_b, self.offsets
 
 
-def problem(shape: str, dtype: torch.dtype, *, transposed: bool = False, device: str = "cpu") -> Problem:
-    """A problem of one of SHAPES. ``transposed``: u_b lies in memory as [r_b, d_out]."""
-    counts, d_in, d_out, r_a, r_b = SHAPES[shape]
+def problem(
+    shape: str | tuple[list[int], int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+    device: str = "cpu",
+) -> Problem:
+    """A problem of a shape like those in SHAPES, or of one named there. ``transposed``: u_b lies as [r_b, d_out]."""
+    counts, d_in, d_out, r_a, r_b = SHAPES[shape] if isinstance(shape, str) else shape
     rows, members = sum(counts), len(counts)
     u_b = torch.randn(r_b, d_out).T if transposed else torch.randn(d_out, r_b)
     tensors = (

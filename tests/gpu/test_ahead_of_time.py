@@ -15,12 +15,12 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime import JITFunction  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from essa_kernels.tl import config, noise, svd_lora  # noqa: E402
+from essa_kernels.tl import config, noise, svd_lora
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

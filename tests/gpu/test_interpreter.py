@@ -18,6 +18,6 @@ def test_triton_kernels_in_the_interpreter(seed):
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "ESSA_TEST_SEED": str(seed)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "interpreted.py")]
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", sorted(path.name for path in CUDA.glob("*.cu")))
 def test_kernels_fit(tmp_path, source):
     command = [NVCC, "-std=c++17", "-O3", *ARCHITECTURES, "-Xptxas", "-v", "-c", CUDA / source, "-o", tmp_path / "o.o"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     assert set(re.findall(r"(\d+) bytes spill", done.stderr)) <= {"0"}, done.stderr

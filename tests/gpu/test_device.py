@@ -1,0 +1,102 @@
+"""The public ops on a real GPU: what only a device can show. Skipped without one; the ops' own tests run there too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from essa_kernels import NoiseKey, dispatch, gaussian, rademacher, svd_lora, svd_lora_expand_, svd_lora_shrink
+
+from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+BACKENDS = [name for name in ("cuda", "triton") if dispatch.unavailable(name, "cuda") is None]
+KEY = NoiseKey(2**63 + 2026, generation=2**31 + 3, site=5)
+
+
+@pytest.fixture(params=BACKENDS)
+def on_gpu(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("draw", [gaussian, rademacher])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 129), (1000, 1134), (64, 2**18), (3, 2**20 + 1)])
+def test_noise_has_the_bits_of_the_cpu(on_gpu, draw, shape):
+    for member in (6, 7):
+        got = draw(shape, KEY, member, device="cuda", backend=on_gpu).cpu()
+        assert torch.equal(got.view(torch.int32), draw(shape, KEY, member).view(torch.int32))
+
+
+def test_noise_beyond_32_bit_indices(on_gpu):
+    cols = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 10 * cols:
+        pytest.skip("too little memory")
+    got = rademacher(cols, KEY, device="cuda", backend=on_gpu)[-4096:].cpu()
+    tile = (cols - 4096) // 2048
+    # Row `tile` of a matrix one tile wide draws what tile `tile` of a single row draws.
+    rows = torch.empty(2, 2048)
+    for i in range(2):
+        rows[i] = rademacher((tile + i + 1, 2048), KEY, device="cuda", backend=on_gpu)[-1].cpu()
+    assert torch.equal(got, rows.flatten())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_lora(on_gpu, seed, dtype, shape, transposed):
+    p = problem(shape, dtype, transposed=transposed, device="cuda")
+    y = p.y.clone()
+    svd_lora(p.x, *p[2:], p.y, backend=on_gpu)
+    assert_y(p.y, p._replace(y=y))
+    h = svd_lora_shrink(*p.of_shrink, backend=on_gpu)
+    assert_h(h, p)
+    again = y.clone()
+    svd_lora_expand_(again, h, p.u_b, backend=on_gpu)
+    assert_y(again, p._replace(y=y), h)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 512, 5000])
+def test_svd_lora_at_model_size_repeats_exactly(on_gpu, seed, rows):
+    SHAPES["model"] = ([rows // 2, 0, rows - rows // 2], 3584, 4096, 16, 16)
+    p = problem(([rows // 2, 0, rows - rows // 2], 3584, 4096, 16, 16), torch.bfloat16, device="cuda")
+    first, second = p.y.clone(), p.y.clone()
+    svd_lora(p.x, *p[2:], first, backend=on_gpu)
+    svd_lora(p.x, *p[2:], second, backend=on_gpu)
+    assert torch.equal(first, second)
+    assert_y(first, p)
+
+
+def test_ops_run_in_the_current_stream_and_in_a_graph(on_gpu, seed):
+    p = problem("aligned", torch.bfloat16, device="cuda")
+    before, noise = p.y.clone(), torch.empty(64, 128, device="cuda")
+
+    def step() -> None:
+        gaussian(noise.shape, KEY, out=noise, backend=on_gpu)
+        svd_lora(p.x, *p[2:], p.y, backend=on_gpu)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    assert_y(p.y, p._replace(y=before))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    p.y.copy_(before)
+    noise.zero_()
+    graph.replay()
+    assert_y(p.y, p._replace(y=before))
+    assert torch.equal(noise.cpu(), gaussian(noise.shape, KEY))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_current_device_does_not_matter(on_gpu, seed):
+    p = problem("ragged", torch.float32, device="cuda:1")
+    y = p.y.clone()
+    with torch.cuda.device(0):
+        svd_lora(p.x, *p[2:], p.y, backend=on_gpu)
+        noise = gaussian((3, 100), KEY, device="cuda:1", backend=on_gpu)
+    assert_y(p.y, p._replace(y=y))
+    assert torch.equal(noise.cpu(), gaussian((3, 100), KEY))
