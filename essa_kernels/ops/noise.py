@@ -81,7 +81,7 @@ def _draw(op, tile, call, shape, key, member, out, device, backend) -> Tensor:
 
 def _check_shape(op: str, tile: int, shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
-        shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+        shape = torch.Size((shape,) if hasattr(shape, "__index__") else shape)
     except TypeError:
         raise TypeError(f"{op}: shape must be an integer or a sequence of integers, got {shape!r}") from None
     if any(size < 0 for size in shape):

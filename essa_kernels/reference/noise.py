@@ -30,9 +30,9 @@ SIN = [*map(float.fromhex, ("0x1.921fb6p+0", "-0x1.4abbbap-1", "0x1.465e92p-4", 
 COS = [*map(float.fromhex, ("-0x1.3bd3ccp+0", "0x1.03c1dep-2", "-0x1.55c5e0p-6", "0x1.d9d57ep-11"))]
 
 
-def philox(c0: Tensor, c1: int, c2: int, c3: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of the counters (c0, c1, c2, c3) under a 64-bit key: four words, int64 holding 0 .. 2**32 - 1."""
-    c1, c2, c3 = (torch.full_like(c0, word) for word in (c1, c2, c3))
+def philox(block: Tensor, word1: int, word2: int, word3: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of the counters (block, word1, word2, word3): four words, int64 holding 0 .. 2**32 - 1."""
+    c0, c1, c2, c3 = block, *(torch.full_like(block, word) for word in (word1, word2, word3))
     k0, k1 = seed & MASK32, seed >> 32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2**64, which keeps both halves
@@ -89,8 +89,8 @@ def gaussian(out: Tensor, seed: int, generation: int, site: int, member: int) ->
 
     def tiles(blocks: Tensor) -> Tensor:
         w0, w1, w2, w3 = philox(blocks, site | GAUSSIAN_TAG << 30, member >> 1, generation, seed)
-        words = (*box_muller(w0, w1), *box_muller(w2, w3))
-        return torch.stack(words, dim=-2)  # [rows, tiles, word, block]
+        normals = (*box_muller(w0, w1), *box_muller(w2, w3))
+        return torch.stack(normals, dim=-2)  # [rows, tiles, word, block]
 
     _fill(out, GAUSSIAN_TILE, tiles, member)
 
@@ -101,8 +101,8 @@ def rademacher(out: Tensor, seed: int, generation: int, site: int, member: int) 
 
     def tiles(blocks: Tensor) -> Tensor:
         words = philox(blocks, site | RADEMACHER_TAG << 30, member >> 1, generation, seed)
-        words = torch.stack(words, dim=-2)  # [rows, tiles, word, block]
-        bits = words.unsqueeze(-3) >> shifts & 1  # [rows, tiles, bit, word, block]
+        stacked = torch.stack(words, dim=-2)  # [rows, tiles, word, block]
+        bits = stacked.unsqueeze(-3) >> shifts & 1  # [rows, tiles, bit, word, block]
         return 1.0 - 2.0 * bits
 
     _fill(out, RADEMACHER_TILE, tiles, member)
