@@ -17,7 +17,7 @@ _HOMES = {
     "make_strategy": "essa.strategies",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["ESSAConfig", "ESSATrainer", "InputError", "RewardError", "generate", "make_strategy"]
 
 
 def __getattr__(name: str) -> Any:

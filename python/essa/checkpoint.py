@@ -112,6 +112,7 @@ class Run:
         body = json.dumps(record, allow_nan=False, separators=(",", ":"))
         self._digest = _chain(self._digest, body)
         line = f'{body[:-1]},"digest":"{self._digest}"}}\n'.encode()
+        assert self._file is not None, "append needs a run that was created or resumed"
         os.ftruncate(self._file, self._size)
         written = 0
         while written < len(line):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +93,6 @@ def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
-        @functools.wraps(function)
         def run(**values: Any) -> None:
             try:
                 function(**values)
@@ -105,9 +102,10 @@ def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
             except KeyboardInterrupt as interrupt:
                 raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
-        run.__signature__ = inspect.Signature(parameters)
+        # Typer reads the options off the signature.
+        vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return app.command()(run)
+        return app.command(function.__name__, help=function.__doc__)(run)
 
     return register
 
@@ -303,9 +301,8 @@ def eval(
     from essa.rewards import Rewards
 
     rewards = Rewards(reward, None)
-    model, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
+    base, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = base if adapter is None else load_adapter(base, adapter)
     prompts = check_prompts(rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens)
     numbers = evaluate(model, tokenizer, prompts, rewards, max_new_tokens=max_new_tokens, row_budget=row_budget)
     result = {
@@ -319,6 +316,26 @@ def eval(
     }
     _print_table(result)
     typer.echo(json.dumps(result))
+
+
+@_command()
+def demo(
+    output_dir: Annotated[
+        str, typer.Option("--output_dir", help="Folder of everything the demo makes.")
+    ] = "demo-output",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the warm start and of the search.", min=0)] = 0,
+    compare: Annotated[
+        Optional[str],
+        typer.Option("--compare", help="grpo: also run TRL's GRPOTrainer from the same warm start (needs trl)."),
+    ] = None,
+) -> None:
+    """Watch a tiny model being aligned, from its warm start to the report, in about a minute on a laptop."""
+    if compare not in (None, "grpo"):
+        raise InputError(f"compare must be grpo, got {compare!r}")
+    _quiet()
+    from essa.demo.run import run_demo
+
+    run_demo(output_dir, seed=seed, compare=compare)
 
 
 @_command()
@@ -357,4 +374,4 @@ def _absolute(name: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -36,6 +36,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
+@dataclass
 class _Settings:
     """What settings have in common: checks that name the setting, its value and what is allowed."""
 
@@ -119,8 +120,9 @@ class ESSAConfig(_Settings):
         256, "Most sequences decoded in one batch. Members are split into chunks of at most this many.", fixed=True
     )
     seed: int = setting(0, "Seed of everything random: same seed, same machine, same adapter.", fixed=True)
-    reward_weights: list[float] | None = setting(
-        None, "Weight of each reward function in the sum. Default: 1 each.", fixed=True
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward function in the sum. Default: 1 each.", "fixed": True},
     )
     eval_steps: int = setting(
         10,

@@ -44,7 +44,7 @@ def load_base(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = pick_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
@@ -63,7 +63,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def load_adapter(model: PreTrainedModel, adapter: str | None) -> PeftModel:
+def load_adapter(model: Any, adapter: str | None) -> PeftModel:
     """`model` with the LoRA adapter from a local folder or the hub.
 
     Raises:
@@ -109,17 +109,17 @@ def _adapter_folder(adapter: str) -> Path:
         raise InputError(f"adapter {adapter!r} is neither a folder nor on the hub: {error}; {MAKE_ADAPTER}") from error
 
 
-def has_lora(model: torch.nn.Module) -> bool:
+def has_lora(model: Any) -> bool:
     return any(config.peft_type == "LORA" for config in getattr(model, "peft_config", {}).values())
 
 
-def context_length(model: torch.nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """The most positions the model can attend to, or None where its configuration sets no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def fingerprint(model: torch.nn.Module, adapter_name: str) -> dict[str, Any]:
+def fingerprint(model: Any, adapter_name: str) -> dict[str, Any]:
     """What identifies model and adapter in a checkpoint: digests of the base configuration and the adapter's weights."""
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):

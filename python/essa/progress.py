@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import sys
 import time
-from typing import Any
+from typing import Any, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -21,6 +21,7 @@ COLUMNS = (
 )
 
 
+@final
 class Progress:
     """Shows generation, best and mean reward, evaluation, throughput and the time left, on stderr.
 

@@ -104,7 +104,9 @@ def _draw(curves: Sequence[Curve]) -> tuple[bytes, str]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    ink: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
     with matplotlib.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "essa", "font.size": 9}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -161,16 +163,14 @@ def _own_tables(run: Run) -> list[Table]:
 
 def _page(title: str, run: Run, svg: str, tables: Sequence[Table]) -> str:
     drawing = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    drawing = re.sub(
-        r"font: [^;\"]*'DejaVu Sans'[^;\"]*", lambda m: m[0].split("'")[0] + "system-ui, sans-serif", drawing
-    )
+    drawing = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", drawing)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{html.escape(title)}</h1><p>Gradient-free alignment: a search over the singular values of a LoRA "
-            "adapter.</p>",
+            f"<h1>{html.escape(title)}</h1>",
+            "<p>Gradient-free alignment: a search over the singular values of a LoRA adapter.</p>",
             f'<div class="numbers">{"".join(_headline(run))}</div>',
             f'<figure role="img" aria-label="learning curve">{drawing}</figure>',
             *map(_table, tables),

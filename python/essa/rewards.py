@@ -35,7 +35,7 @@ def exact_match(
     completions: list, answer: list | None = None, solution: list | None = None, **kwargs: Any
 ) -> list[float]:
     """1 where the completion equals the column `answer` (or `solution`), surrounding white space aside, else 0."""
-    references = solution if answer is None else answer
+    references = _references(answer, solution)
     return [float(_text(c).strip() == str(r).strip()) for c, r in zip(completions, references, strict=True)]
 
 
@@ -46,7 +46,7 @@ def math_match(
 
     A reference may be a bare expression, LaTeX, or a worked solution that ends in `#### answer`.
     """
-    references = solution if answer is None else answer
+    references = _references(answer, solution)
     return [_math_equal(_text(c), str(r)) for c, r in zip(completions, references, strict=True)]
 
 
@@ -74,6 +74,13 @@ def _parse_reference(reference: str) -> list:
 def _time_limit() -> int | None:
     """Seconds math-verify may take. It keeps time with SIGALRM, which only the main thread may set."""
     return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def _references(answer: list | None, solution: list | None) -> list:
+    references = solution if answer is None else answer
+    if references is None:
+        raise ValueError("needs a column 'answer' or 'solution'")
+    return references
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:
@@ -248,7 +255,7 @@ def _first_failing(call: Callable[[list[Answer]], list], answers: list[Answer]) 
     for answer in answers:
         try:
             call([answer])
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, this answer causes it
             return answer
     return None
 

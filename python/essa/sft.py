@@ -44,9 +44,9 @@ def sft(
         raise InputError(f"output_dir {args.output_dir!r} is there already and not empty; choose another")
     examples = _examples(model, processing_class, dataset)
     torch.manual_seed(args.seed)
-    targets: str | list[str] = args.lora_target_modules
-    if targets != "all-linear":
-        targets = [target.strip() for target in targets.split(",")]
+    targets: str | list[str] = "all-linear"
+    if args.lora_target_modules != targets:
+        targets = [target.strip() for target in args.lora_target_modules.split(",")]
     lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
     try:
         peft_model = get_peft_model(model, lora)
@@ -101,7 +101,7 @@ def _examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datase
 def _completion_text(row: dict[str, Any], number: int, prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str:
     completion = row.get("completion")
     if prompts.conversational and isinstance(completion, list) and completion:
-        whole = tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False)
+        whole = str(tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False))
         _, found, text = whole.partition(prompts.texts[number])
         if not found:
             raise InputError(f"dataset row {number}: the chat template changes the prompt once a completion follows it")

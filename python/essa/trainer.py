@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
@@ -58,7 +59,7 @@ class ESSATrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel | torch.nn.Module,
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs: str | Reward | Sequence[str | Reward],
         args: ESSAConfig | None = None,
         train_dataset: Any = None,
@@ -68,7 +69,7 @@ class ESSATrainer:
         adapter: str | None = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name: str = model if isinstance(model, str) else _model_name(model)
             args = ESSAConfig(output_dir=f"{Path(name).name}-ESSA")
         self.args = args
         self.rewards = Rewards(reward_funcs, args.reward_weights)
@@ -144,8 +145,6 @@ class ESSATrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the current mean on `eval_dataset`: `eval_reward` and what it took."""
-        if self.eval_prompts is None:
-            raise InputError("evaluate() needs an eval_dataset")
         return {f"eval_{name}": value for name, value in self._evaluation().items()}
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -171,7 +170,7 @@ class ESSATrainer:
     def _reset(self) -> None:
         self._strategy = self._new_strategy()
         self.values = self.space.spectrum.clone()
-        self.state = TrainerState(
+        self.state: TrainerState = TrainerState(
             max_steps=self.args.generations,
             logging_steps=self.args.logging_steps,
             eval_steps=self.args.eval_steps,
@@ -208,7 +207,7 @@ class ESSATrainer:
     def _about(self) -> dict[str, Any]:
         return {
             **self.about,
-            "model": self.model.config._name_or_path,
+            "model": _model_name(self.model),
             "settings": self.args.to_dict(),
             "environment": essa_kernels.env_report(),
         }
@@ -259,7 +258,7 @@ class ESSATrainer:
             self.control.should_save = args.save_steps > 0 and step % args.save_steps == 0
             self._emit("on_step_end")
             if self.control.should_evaluate:
-                metrics |= self._evaluate(run, progress)
+                self._evaluate(run, progress)
             progress.update(metrics)
             if self.control.should_log:
                 self._log(metrics)
@@ -306,9 +305,9 @@ class ESSATrainer:
 
     def _values(self, offsets: np.ndarray) -> torch.Tensor:
         """Singular values for offsets [members, dim]: float32 [members, size]."""
-        offsets = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32))
+        offset = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32))
         start = self.space.spectrum[self._searched]
-        searched = start + offsets if self.args.offset_mode == "absolute" else start * (1.0 + offsets)
+        searched = start + offset if self.args.offset_mode == "absolute" else start * (1.0 + offset)
         values = self.space.spectrum.repeat(len(offsets), 1)
         values[:, self._searched] = searched
         return values
@@ -354,18 +353,21 @@ class ESSATrainer:
 
     # Evaluation
 
-    def _evaluate(self, run: Run, progress: Progress) -> dict[str, float]:
+    def _evaluate(self, run: Run, progress: Progress) -> None:
         if self.eval_prompts is None:
-            return {}
-        record = {"step": self.state.global_step, "samples": self.samples, "evaluation": self._evaluation()}
+            return
+        evaluation = self._evaluation()
+        record = {"step": self.state.global_step, "samples": self.samples, "evaluation": evaluation}
         run.append(record)
         self._remember_evaluation(record)
-        metrics = {f"eval_{name}": value for name, value in record["evaluation"].items()}
+        metrics = {f"eval_{name}": value for name, value in evaluation.items()}
         progress.evaluated(metrics)
+        self._log(metrics)
         self._emit("on_evaluate", metrics=metrics)
-        return metrics
 
     def _evaluation(self) -> dict[str, float]:
+        if self.eval_prompts is None:
+            raise InputError("evaluate() needs an eval_dataset")
         return evaluate(
             self.model,
             self.processing_class,
@@ -397,9 +399,9 @@ class ESSATrainer:
             "seconds": self.seconds,
         }
         if self.evaluations:
-            last = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+            last = self.evaluations[self.state.global_step]["reward"]
             summary["eval_reward_before"] = self.evaluations[0]["reward"]
-            summary["eval_reward"] = self.evaluations[last]["reward"]
+            summary["eval_reward"] = self.state.best_metric if self.args.load_best_model_at_end else last
         return summary
 
     # Callbacks
@@ -436,10 +438,14 @@ def _load(
         raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
     if not has_lora(model):
         model = load_adapter(model, adapter)
-    return model.eval(), processing_class or load_tokenizer(model.config._name_or_path)
+    return model.eval(), processing_class or load_tokenizer(_model_name(model))
 
 
-def _adapter_name(model: torch.nn.Module) -> str:
+def _model_name(model: Any) -> str:
+    return model.config._name_or_path
+
+
+def _adapter_name(model: Any) -> str:
     active = model.active_adapters
     active = active() if callable(active) else active
     if len(active) != 1:

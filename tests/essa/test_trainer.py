@@ -109,6 +109,15 @@ def test_a_resumed_run_ends_in_the_same_bits(reference, make_trainer, strategy):
     assert searched == [record for record in history if "rewards" in record]
 
 
+def test_sampled_completions_resume_too(make_trainer):
+    whole = make_trainer("whole", temperature=1.0)
+    whole.train()
+    make_trainer(temperature=1.0, callbacks=[StopAfter(2)]).train()
+    resumed = make_trainer(temperature=1.0)
+    resumed.train(resume_from_checkpoint=True)
+    assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
 def test_one_trainer_can_stop_and_go_on(reference, make_trainer):
     adapter, _ = reference("cma")
     stop = StopAfter(2)
@@ -335,15 +344,16 @@ def test_callbacks_see_the_run(make_trainer):
         "on_step_begin": [0, 1, 2],
         "on_step_end": [1, 2, 3],
         "on_evaluate": [0, 2, 3],
-        "on_log": [2, 3],
+        "on_log": [0, 2, 2, 3, 3],
         "on_save": [2],
         "on_train_end": [3],
     }
-    (logs,) = (kwargs["logs"] for name, step, kwargs in recorder.events if (name, step) == ("on_log", 2))
-    assert {"reward", "reward_best", "reward_std", "eval_reward", "samples_per_second", "epoch"} <= logs.keys()
+    evaluated, logs = (kwargs["logs"] for name, step, kwargs in recorder.events if (name, step) == ("on_log", 2))
+    assert {"eval_reward", "eval_seconds", "epoch"} <= evaluated.keys()
+    assert {"reward", "reward_best", "reward_std", "sigma", "samples_per_second", "epoch"} <= logs.keys()
     assert all(isinstance(value, (int, float)) for value in logs.values())
     assert recorder.events[1][2]["model"] is trainer.model
-    assert [entry["step"] for entry in trainer.state.log_history] == [2, 3]
+    assert [entry["step"] for entry in trainer.state.log_history] == [0, 2, 2, 3, 3]
 
 
 def test_the_best_mean_can_be_kept_instead_of_the_last(make_trainer):
