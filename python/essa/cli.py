@@ -325,7 +325,7 @@ def demo(
     ] = "demo-output",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the warm start and of the search.", min=0)] = 0,
     compare: Annotated[
-        Optional[str],
+        str | None,
         typer.Option("--compare", help="grpo: also run TRL's GRPOTrainer from the same warm start (needs trl)."),
     ] = None,
 ) -> None:
