@@ -33,7 +33,7 @@ def make_site(d_in: int, d_out: int, rank: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("rows", [64, 512])
-@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_against_four_torch_calls(benchmark, record, dtype, rows, rank=8):
     """A decoder layer's seven projections in turn, each base product followed by its delta; only the delta is timed."""
     sites = [make_site(d_in, d_out, rank, dtype) for d_in, d_out in PROJECTIONS]
@@ -73,7 +73,7 @@ class FreeLinear(nn.Linear):
         return self.result.zero_()
 
 
-@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_against_peft_mixed_batch(benchmark, record, dtype, d=896, rank=8):
     base = nn.Sequential(FreeLinear(d, d, bias=False, dtype=dtype))
     base[0].result = torch.zeros(MEMBERS, d, dtype=dtype)
@@ -113,7 +113,8 @@ def qwen_shaped():
 
 
 @pytest.mark.parametrize("length", [1, 8], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtype,rank", [(torch.bfloat16, 8), (torch.bfloat16, 16), (torch.float32, 8), (torch.float32, 16)])
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_share_of_pure_inference(benchmark, record, qwen_shaped, dtype, rank, length):
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
     with torch.inference_mode(False):
