@@ -1,0 +1,165 @@
+"""`essa demo`: a warm start that answers mostly wrong, aligned by ESSA, beside its honest control."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from essa.checkpoint import write_atomically
+from essa.config import ESSAConfig, InputError
+from essa.demo import task
+from essa.demo.warm_start import BASE_MODEL, make_warm_start
+from essa.evaluate import check_prompts, evaluate
+from essa.report import Curve, Table, write_report
+from essa.trainer import ADAPTER_FOLDER, ESSATrainer
+
+MAX_NEW_TOKENS = task.ANSWER_LENGTH + 1
+SEARCH: dict[str, Any] = {"population_size": 64, "prompts_per_generation": 8, "generations": 60, "eval_steps": 5}
+CONTROL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+"""Factors on all singular values, of A and of B: the LoRA's delta grows with their square."""
+
+
+def run_demo(
+    output_dir: str | Path, seed: int = 0, compare: str | None = None, say: Any = print, **settings: Any
+) -> dict[str, Any]:
+    """Warm start, search, control, report.
+
+    Args:
+        output_dir: a folder that is not there yet, or empty.
+        seed: of the warm start and of the search.
+        compare: "grpo" also runs TRL's GRPOTrainer from the same warm start on the same prompts.
+        say: prints a line.
+        settings: `ESSAConfig` fields that replace the demo's own.
+
+    Returns:
+        What `output_dir/summary.json` holds.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+    folder = Path(output_dir).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {str(output_dir)!r} is there already and not empty; choose another")
+    if compare not in (None, "grpo"):
+        raise InputError(f"compare must be 'grpo' or None, got {compare!r}")
+    if compare:
+        from essa.demo.grpo import check_trl, run_grpo
+
+        check_trl()
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.jsonl" for name in task.SPLIT_SIZES}
+    for name, path in files.items():
+        task.write_jsonl(path, task.rows(task.split(name)))
+    warm_start = folder / "warm_start"
+    say("Warm start: a LoRA trained on flawed demonstrations of addition ...")
+    make_warm_start(warm_start, seed)
+
+    args = ESSAConfig(
+        output_dir=str(folder / "essa"),
+        seed=seed,
+        max_new_tokens=MAX_NEW_TOKENS,
+        run_name="ESSA demo",
+        **{**SEARCH, **settings},
+    )
+    trainer = ESSATrainer(
+        str(BASE_MODEL),
+        "exact_match",
+        args,
+        train_dataset=task.rows(task.split("train")),
+        eval_dataset=task.rows(task.split("validation")),
+        adapter=str(warm_start),
+    )
+    before = test_accuracy(trainer)
+    say(f"Search: the LoRA's {trainer.space.size} singular values ...")
+    search = trainer.train()
+    after = test_accuracy(trainer)
+    scale, control = uniform_scale_control(trainer)
+    summary = {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "accuracy_control": control,
+        "control_scale": scale,
+        "samples": search["samples"],
+        "seconds": search["seconds"],
+        "seed": seed,
+        "base_model": str(BASE_MODEL.resolve()),
+        "warm_start": str(warm_start),
+        "train_file": str(files["train"]),
+        "validation_file": str(files["validation"]),
+        "test_file": str(files["test"]),
+        "adapter": str(folder / "essa" / ADAPTER_FOLDER),
+        "report": str(folder / "essa" / "report.html"),
+    }
+    curves = [Curve("uniform-scale control (test)", [], [], [control], "level")]
+    if compare:
+        say("GRPO: TRL's GRPOTrainer from the same warm start ...")
+        grpo = run_grpo(warm_start, args, search["samples"], seed)
+        summary["grpo"] = {"accuracy_after": grpo.accuracy, "samples": grpo.samples[-1], "seconds": grpo.seconds[-1]}
+        curves.append(Curve("GRPO, validation", grpo.samples, grpo.seconds, grpo.values))
+    summary["seconds_total"] = time.perf_counter() - started
+    rows = result_rows(summary)
+    write_report(args.output_dir, title="ESSA demo", curves=curves, tables=[Table("Test problems", rows)])
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    for name, value in rows:
+        say(f"  {name:<42}{value}")
+    say(f"adapter: {summary['adapter']}\nreport:  {summary['report']}")
+    return summary
+
+
+def test_accuracy(trainer: ESSATrainer, values: torch.Tensor | None = None) -> float:
+    """Exact match on the test problems: of the model as it is, in plain PEFT, or of singular values [size]."""
+    return _accuracy(trainer, "test", values)
+
+
+def uniform_scale_control(trainer: ESSATrainer) -> tuple[float, float]:
+    """The best that one number can do: the warm start's singular values times a factor, chosen on validation.
+
+    Returns:
+        The factor and its accuracy on the test problems.
+    """
+    spectrum = trainer.space.spectrum
+    validation = {scale: _accuracy(trainer, "validation", scale * spectrum) for scale in CONTROL_SCALES}
+    best = max(validation, key=lambda scale: validation[scale])
+    return best, test_accuracy(trainer, best * spectrum)
+
+
+def result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("warm start", f"{summary['accuracy_before']:.3f}"),
+        (f"best uniform scale of it (x {summary['control_scale']:g})", f"{summary['accuracy_control']:.3f}"),
+        ("ESSA", _with_cost(summary["accuracy_after"], summary["samples"], summary["seconds"])),
+    ]
+    if "grpo" in summary:
+        grpo = summary["grpo"]
+        rows.append(("GRPO (TRL)", _with_cost(grpo["accuracy_after"], grpo["samples"], grpo["seconds"])))
+    return rows
+
+
+def _with_cost(accuracy: float, samples: int, seconds: float) -> str:
+    return f"{accuracy:.3f}  after {samples:,} samples, {seconds:.1f} s"
+
+
+def _accuracy(trainer: ESSATrainer, split: str, values: torch.Tensor | None) -> float:
+    prompts = check_prompts(
+        task.rows(task.split(split)),
+        trainer.model,
+        trainer.processing_class,
+        trainer.rewards,
+        name=split,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    return evaluate(
+        trainer.model,
+        trainer.processing_class,
+        prompts,
+        trainer.rewards,
+        space=None if values is None else trainer.space,
+        values=values,
+        max_new_tokens=MAX_NEW_TOKENS,
+        row_budget=trainer.args.row_budget,
+    )["reward"]
