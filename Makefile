@@ -45,8 +45,8 @@ wheel: $(VENV)/wheel-tools
 wheel-manylinux: $(VENV)/manylinux-tools
 	@echo "== building a wheel for glibc 2.28 and newer; the first time zig compiles its C++ library, some minutes"
 	rm -rf build/manylinux
-	ESSA_CUDA=off LDFLAGS=-s \
-	  CXX="$$($(VENV)/bin/python -c 'import ziglang; print(*ziglang.__path__)')/zig c++ -target $(MACHINE)-linux-gnu.2.28" \
+	ZIG="$$($(VENV)/bin/python -c 'import ziglang; print(*ziglang.__path__)')/zig" && \
+	  ESSA_CUDA=off LDFLAGS=-s CXX="$$ZIG c++ -O3 -target $(MACHINE)-linux-gnu.2.28" \
 	  $(VENV)/bin/python -m build --outdir build/manylinux
 	PATH="$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat --wheel-dir dist build/manylinux/*.whl
 
