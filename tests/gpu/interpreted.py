@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: run by test_interpreter.py in a process with TRITON_INTERPRET=1.
 
 The interpreter multiplies and adds what the compiled kernels do, with a correctly rounded fma. It truncates where they
-round to bfloat16, hence the whole unit allowed there.
+round to bfloat16, hence the larger errors allowed there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def test_svd_lora(configure, seed, path, shape, dtype):
     padding.fill_(7)
     svd_lora.svd_lora_(*p)
     assert padding.eq(7).all(), "wrote beside y"
-    assert_y(p.y, p._replace(y=y), units=1.0 if dtype is torch.bfloat16 else 0.5)
+    truncation = {"units": 1.0, "h_error": 2**-14} if dtype is torch.bfloat16 else {}
+    assert_y(p.y, p._replace(y=y), **truncation)
 
 
 @pytest.mark.parametrize("splits", [1, 8])

@@ -10,14 +10,23 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
-def test_triton_kernels_in_the_interpreter(seed):
+def run_interpreted(seed: int, *arguments: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "ESSA_TEST_SEED": str(seed)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "interpreted.py")]
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_triton_kernels_in_the_interpreter(seed):
+    run_interpreted(seed, "tests/gpu/interpreted.py")
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_ops_in_the_interpreter(seed):
+    run_interpreted(seed, "tests/ops", "-k", "triton")
