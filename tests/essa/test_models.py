@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from essa.config import InputError
+from essa.demo.warm_start import BASE_MODEL
+from essa.models import context_length, fingerprint, load_adapter, load_base, pick_device
+
+
+@pytest.fixture
+def base():
+    return load_base(str(BASE_MODEL))[0]
+
+
+@pytest.fixture
+def adapter(warm_start, tmp_path):
+    """A copy of the warm start, to be damaged."""
+    return shutil.copytree(warm_start, tmp_path / "adapter")
+
+
+def test_a_base_model_comes_in_the_dtype_asked_for():
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        model, tokenizer = load_base(str(BASE_MODEL), dtype=dtype)
+        assert model.dtype == expected and not model.training
+        assert tokenizer.pad_token_id is not None
+    with pytest.raises(InputError, match="dtype must be one of auto, float32, bfloat16, float16, got 'int8'"):
+        load_base(str(BASE_MODEL), dtype="int8")
+
+
+def test_pickled_weights_are_refused(base, adapter, tmp_path):
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({}, adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"it has no adapter_model\.safetensors"):
+        load_adapter(base, str(adapter))
+    folder = shutil.copytree(BASE_MODEL, tmp_path / "base")
+    (folder / "model.safetensors").unlink()
+    torch.save(base.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_base(str(folder))
+
+
+def test_a_damaged_adapter_is_named(base, adapter):
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"adapter .* cannot be read"):
+        load_adapter(base, str(adapter))
+    weights.write_bytes(whole)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter .* cannot be read"):
+        load_adapter(base, str(adapter))
+
+
+def test_another_kind_of_adapter_is_named(base, adapter):
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
+    with pytest.raises(InputError, match="must be a LoRA adapter, got"):
+        load_adapter(base, str(adapter))
+
+
+def test_the_fingerprint_is_that_of_base_and_adapter(base, warm_start):
+    model = load_adapter(base, warm_start)
+    first = fingerprint(model, "default")
+    assert fingerprint(load_adapter(load_base(str(BASE_MODEL))[0], warm_start), "default") == first
+    model.config.rope_theta = 5.0
+    assert fingerprint(model, "default")["base_config"] != first["base_config"]
+    weight = next(tensor for name, tensor in model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    assert fingerprint(model, "default")["adapter"] != first["adapter"]
+
+
+def test_devices_and_context(base):
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
+        pick_device("gpu")
+    assert context_length(base) == base.config.max_position_embeddings
