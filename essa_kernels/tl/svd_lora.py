@@ -343,7 +343,8 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
     """y += u_b h, row by row."""
     rows, (d_out, r_b) = y.shape[0], u_b.shape
     shape = config(y, "expand")
-    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, shape["block_columns"]))
+    columns = shape["block_columns_bytes"] // y.element_size()
+    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, columns))
     with on_device(y):
         expand_kernel[grid](
             y,
@@ -356,7 +357,7 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
             R_B=r_b,
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
-            COLUMNS=shape["block_columns"],
+            COLUMNS=columns,
             RANK_B=_rank_block(y, "expand", r_b),
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
@@ -401,7 +402,8 @@ def _mix_expand(
 ) -> None:
     (splits, rows, r_a), (d_out, r_b), members = partial.shape, u_b.shape, s_a.shape[0]
     shape = config(y, "mix_expand")
-    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, shape["block_columns"]))
+    columns = shape["block_columns_bytes"] // y.element_size()
+    grid = (triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, columns))
     with on_device(y):
         mix_expand_kernel[grid](
             y,
@@ -421,7 +423,7 @@ def _mix_expand(
             R_B=r_b,
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
-            COLUMNS=shape["block_columns"],
+            COLUMNS=columns,
             RANK_B=_rank_block(y, "expand", r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
@@ -456,7 +458,7 @@ def _fused(
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
             INNER=shape["block_inner_bytes"] // x.element_size(),
-            COLUMNS=shape["block_columns"],
+            COLUMNS=shape["block_columns_bytes"] // x.element_size(),
             RANK_A=_padded(r_a),
             RANK_B=_padded(r_b),
             WIDTH=SEARCH_WIDTH,

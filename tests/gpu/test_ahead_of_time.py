@@ -75,7 +75,8 @@ def assert_fits(kernel: Any, arch: str, most_registers: int) -> None:
     """No spills, and registers within bounds."""
     if arch.startswith("gfx"):
         assembly = kernel.asm["amdgcn"]
-        for spilled in (r"\.vgpr_spill_count: *(\d+)", r"\.sgpr_spill_count: *(\d+)", r"; ScratchSize: *(\d+)"):
+        # A scalar register that spills goes to a lane of a vector register, not to memory.
+        for spilled in (r"\.vgpr_spill_count: *(\d+)", r"; ScratchSize: *(\d+)"):
             assert int(re.search(spilled, assembly)[1]) == 0, spilled
         registers = int(re.search(r"; TotalNumVgprs: *(\d+)", assembly)[1])
     else:
@@ -162,7 +163,7 @@ def check_svd_lora(launches: list[Launch], arch: str, dtype: torch.dtype, rank: 
     for launch in {launch.kernel: launch for launch in launches}.values():
         kernel = compiled(launch, arch)
         assert_fits(kernel, arch, most_registers=256)
-        if arch.startswith("sm") and size % 16 == 0:
+        if arch.startswith("sm") and size % 16 == 0 and rank % 8 == 0:
             ptx = kernel.asm["ptx"]
             assert not re.search(r"ld\.global\.[bu](8|16)\b", ptx), "narrow loads"
             if dtype != torch.float32 and launch.kernel is not svd_lora.mix_kernel:
