@@ -95,8 +95,11 @@ class ESSAConfig(_Settings):
         8, "Prompts drawn per generation. With cma every member answers all of them.", fixed=True
     )
     generations: int = setting(100, "Rounds of ask, evaluate, tell. A resumed run may ask for more.")
-    sigma: float = setting(
-        0.3, "Initial step size of the search, in the units of offset_mode. Larger explores more.", fixed=True
+    sigma: float | None = setting(
+        None,
+        "Initial step size of the search, in the units of offset_mode. Larger explores more. Default: the strategy's "
+        "own.",
+        fixed=True,
     )
     alpha: float = setting(
         1.0, "Fraction of each factor's largest singular values that is searched, in (0, 1].", fixed=True
@@ -107,14 +110,19 @@ class ESSAConfig(_Settings):
         fixed=True,
     )
     strategy: str | None = setting(
-        None, "Search strategy: cma, cma-diagonal or es-per-completion. Default: the package's best.", fixed=True
+        None,
+        "Search strategy: cma, cma-diagonal, es-per-completion or zo-grpo. Default: the package's best.",
+        fixed=True,
     )
     learning_rate: float | None = setting(
         None, "Step of the ES strategies along their estimated gradient. Default: the strategy's own.", fixed=True
     )
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", fixed=True)
-    temperature: float = setting(
-        0.0, "0 decodes greedily; above 0 completions are sampled. Evaluation is always greedy.", fixed=True
+    temperature: float | None = setting(
+        None,
+        "0 decodes greedily; above 0 completions are sampled. Evaluation is always greedy. Default: the strategy's "
+        "own: 1 for zo-grpo, 0 for the others.",
+        fixed=True,
     )
     row_budget: int = setting(
         256, "Most sequences decoded in one batch. Members are split into chunks of at most this many.", fixed=True
@@ -147,7 +155,8 @@ class ESSAConfig(_Settings):
         self._check_int("population_size", 2)
         self._check_int("prompts_per_generation", 1)
         self._check_int("generations", 1, 2**32 - 2)
-        self._check_float("sigma", above=0.0)
+        if self.sigma is not None:
+            self._check_float("sigma", above=0.0)
         self._check_float("alpha", above=0.0, at_most=1.0)
         self._check_choice("offset_mode", OFFSET_MODES)
         if self.strategy is not None and not isinstance(self.strategy, str):
@@ -155,7 +164,8 @@ class ESSAConfig(_Settings):
         if self.learning_rate is not None:
             self._check_float("learning_rate", above=0.0)
         self._check_int("max_new_tokens", 1)
-        self._check_float("temperature", at_least=0.0)
+        if self.temperature is not None:
+            self._check_float("temperature", at_least=0.0)
         self._check_int("row_budget", 1)
         self._check_int("seed", 0, 2**64 - 1)
         if self.reward_weights is not None:

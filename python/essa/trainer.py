@@ -30,7 +30,8 @@ from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tok
 from essa.progress import Progress
 from essa.rewards import Answer, Reward, RewardError, Rewards
 from essa.rollout import generate
-from essa.strategies import make_strategy
+from essa.scoring import log_probabilities
+from essa.strategies import Score, make_strategy
 from essa_kernels.nn import SVDLoRA
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class ESSATrainer:
         args = self.args
         name = {} if args.strategy is None else {"name": args.strategy}
         try:
-            return make_strategy(
+            strategy = make_strategy(
                 **name,
                 dim=len(self._searched),
                 population_size=args.population_size,
@@ -166,6 +167,18 @@ class ESSATrainer:
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+        if strategy.temperature and args.temperature == 0:
+            raise InputError(f"temperature must be above 0 for strategy {strategy.name!r}, which samples; got 0")
+        return strategy
+
+    def _resolved(self) -> dict[str, Any]:
+        """The settings whose default is the strategy's own, as they are before the first generation."""
+        return {"strategy": self._strategy.name, "sigma": float(self._strategy.sigma), "temperature": self._temperature}
+
+    @property
+    def _temperature(self) -> float:
+        own = self.args.temperature
+        return self._strategy.temperature if own is None else own
 
     def _reset(self) -> None:
         self._strategy = self._new_strategy()
@@ -196,7 +209,7 @@ class ESSATrainer:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "settings": {**self.args.fixed(), "strategy": self._strategy.name},
+            "settings": {**self.args.fixed(), **self._resolved()},
             "noise_version": essa_kernels.NOISE_VERSION,
             "model": {**self._fingerprint, "searched_values": len(self._searched)},
             "dataset": self.train_prompts.fingerprint(),
@@ -227,7 +240,8 @@ class ESSATrainer:
                     "library versions?); the run continues, but not bit for bit as it would have",
                     step,
                 )
-            self._tell(record)
+            recorded = iter(record.get("scores", []))
+            self._tell(record, lambda *_, recorded=recorded: np.array(next(recorded)))
         if self.state.global_step > self.args.generations:
             raise InputError(
                 f"generations must be at least the {self.state.global_step} the run already has, "
@@ -282,7 +296,7 @@ class ESSATrainer:
             values=self._values(offsets),
             assignment=self._strategy.assignment,
             max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.temperature,
+            temperature=self._temperature,
             seed=self.args.seed,
             generation=step,
             row_budget=self.args.row_budget,
@@ -297,10 +311,19 @@ class ESSATrainer:
             "samples": len(answers),
             "tokens": rollout.tokens,
             "rollout_seconds": rollout.seconds,
-            "seconds": time.perf_counter() - started,
         }
+        scores: list[list[float]] = []
+
+        def score(members: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+            scores.append(self._score(chosen, answers, members, offsets))
+            return np.array(scores[-1])
+
+        self._strategy.tell(step, rewards, score)
+        if scores:
+            record["scores"] = scores
+        record["seconds"] = time.perf_counter() - started
         run.append(record)
-        self._tell(record)
+        self._told(record)
         return {**self._metrics(record), **self.rewards.metrics}
 
     def _values(self, offsets: np.ndarray) -> torch.Tensor:
@@ -325,8 +348,28 @@ class ESSATrainer:
             for place, completion in enumerate(row)
         ]
 
-    def _tell(self, record: dict[str, Any]) -> None:
-        self._strategy.tell(record["generation"], np.array(record["rewards"], dtype=np.float64))
+    def _score(self, chosen: list[int], answers: list[Answer], members: np.ndarray, offsets: np.ndarray) -> list[float]:
+        """`Strategy.tell`'s question: how likely are the members' completions, each at an offset of its own?"""
+        encoded = dict(
+            zip(chosen, self.processing_class([self.train_prompts.texts[i] for i in chosen])["input_ids"], strict=True)
+        )
+        first = {answer.member: answer for answer in reversed(answers)}
+        asked = [first[member] for member in members.tolist()]
+        return log_probabilities(
+            self.model,
+            [encoded[answer.prompt] for answer in asked],
+            [answer.token_ids for answer in asked],
+            space=self.space,
+            values=self._values(offsets),
+            temperature=self._temperature or 1.0,
+            row_budget=self.args.row_budget,
+        ).tolist()
+
+    def _tell(self, record: dict[str, Any], score: Score) -> None:
+        self._strategy.tell(record["generation"], np.array(record["rewards"], dtype=np.float64), score)
+        self._told(record)
+
+    def _told(self, record: dict[str, Any]) -> None:
         self.values = self._values(self._strategy.mean[None])[0]
         self.samples += record["samples"]
         self.tokens += record["tokens"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from essa.config import suggest
-from essa.strategies.base import Strategy
+from essa.strategies.base import Score, Strategy
+from essa.strategies.es_per_completion import ESPerCompletion
+from essa.strategies.zo_grpo import ZOGRPO
 
-__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Strategy", "make_strategy"]
+__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Score", "Strategy", "make_strategy"]
 
-STRATEGIES = ("cma", "cma-diagonal", "es-per-completion")
+STRATEGIES = ("cma", "cma-diagonal", "es-per-completion", "zo-grpo")
 DEFAULT_STRATEGY = "es-per-completion"
 
 
@@ -19,8 +22,8 @@ def make_strategy(
     dim: int,
     population_size: int,
     prompts_per_generation: int,
-    sigma: float,
     seed: int,
+    sigma: float | None = None,
     lr: float | None = None,
 ) -> Strategy:
     """A fresh strategy.
@@ -30,8 +33,8 @@ def make_strategy(
         dim: number of searched coordinates, at least 1.
         population_size: members per generation, at least 2.
         prompts_per_generation: prompts per generation, at least 1.
-        sigma: initial standard deviation of the perturbations, above 0.
         seed: seed of the strategy's noise, 0 .. 2**64 - 1.
+        sigma: initial standard deviation of the perturbations, above 0; None for the strategy's own.
         lr: step size of the gradient strategies, above 0; None for the strategy's own. CMA-ES has none.
 
     Raises:
@@ -46,18 +49,16 @@ def make_strategy(
     ):
         if value < least:
             raise ValueError(f"{argument}: got {value}, must be at least {least}")
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma: got {sigma}, must be finite and above 0")
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: got {lr}, must be finite and above 0")
-    common = {"dim": dim, "population_size": population_size, "sigma": sigma, "seed": seed}
+    for argument, size in (("sigma", sigma), ("lr", lr)):
+        if size is not None and not (math.isfinite(size) and size > 0):
+            raise ValueError(f"{argument}: got {size}, must be finite and above 0")
+    settings: dict[str, Any] = {"dim": dim, "population_size": population_size, "seed": seed}
+    settings |= {argument: size for argument, size in (("sigma", sigma), ("lr", lr)) if size is not None}
     if name in ("cma", "cma-diagonal"):
         if lr is not None:
             raise ValueError(f"lr: got {lr}, but strategy {name!r} has no learning rate")
         from essa.strategies.cma import CMA
 
-        return CMA(**common, diagonal=name == "cma-diagonal")
-    from essa.strategies.es_per_completion import ESPerCompletion
-
-    step = {} if lr is None else {"lr": lr}
-    return ESPerCompletion(**common, prompts_per_generation=prompts_per_generation, **step)
+        return CMA(**settings, diagonal=name == "cma-diagonal")
+    settings["prompts_per_generation"] = prompts_per_generation
+    return ZOGRPO(**settings) if name == "zo-grpo" else ESPerCompletion(**settings)

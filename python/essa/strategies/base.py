@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -9,23 +10,30 @@ import numpy as np
 import essa_kernels
 from essa_kernels.noise import STRATEGY_SITE
 
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Scores completions: for members int64 [rows] and offsets float32 [rows, dim], the mean log-probability per token of the
+completion that each member gave (to its first prompt, if to several), under a model at the row's offset: float64 [rows].
+"""
+
 
 class Strategy(Protocol):
     """Ask for candidates, evaluate them, tell their rewards; generations count up from 0.
 
-    A strategy keeps no other state than what its arguments and the rewards told so far decide, and draws its noise by
-    generation, so asking and telling again from the start rebuilds it bit for bit.
+    A strategy keeps no other state than what its arguments, and the rewards and scores told so far, decide, and draws
+    its noise by generation, so telling it all again from the start rebuilds it bit for bit.
 
     Attributes:
         name: the name `make_strategy` knows it by.
         assignment: "all" - every member answers every prompt of the generation; "per_prompt" - the members are split
             evenly among the prompts, in order, and each answers only its own.
+        temperature: that of the sampling it is made for; 0 is greedy decoding.
         mean: float64 [dim], the current solution as an offset from the start.
         sigma: the current step size.
     """
 
     name: str
     assignment: str
+    temperature: float
     mean: np.ndarray
     sigma: float
 
@@ -33,16 +41,16 @@ class Strategy(Protocol):
         """The members' offsets from the start: float32 [members, dim]."""
         ...
 
-    def tell(self, generation: int, rewards: np.ndarray) -> None:
+    def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         """Learns from the members' rewards, higher is better: float64 [members, prompts] ([members, 1] for
-        "per_prompt"), in the order of `ask`."""
+        "per_prompt"), in the order of `ask`. It may call `score` for this generation's completions."""
         ...
 
 
-def standard_normal(shape: tuple[int, int], seed: int, generation: int) -> np.ndarray:
-    """A generation's standard normals: float64 [rows, cols], from the noise contract."""
+def standard_normal(shape: tuple[int, int], seed: int, generation: int, draw: int = 0) -> np.ndarray:
+    """A generation's standard normals: float64 [rows, cols], from the noise contract. Draws are independent."""
     key = essa_kernels.NoiseKey(seed, generation, STRATEGY_SITE)
-    return essa_kernels.gaussian(shape, key, device="cpu").numpy().astype(np.float64)
+    return essa_kernels.gaussian(shape, key, 2 * draw, device="cpu").numpy().astype(np.float64)
 
 
 def check_rewards(rewards: np.ndarray, members: int, prompts: int | None = None) -> np.ndarray:

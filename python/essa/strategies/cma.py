@@ -8,7 +8,7 @@ import warnings
 import cma
 import numpy as np
 
-from essa.strategies.base import check_rewards, standard_normal
+from essa.strategies.base import Score, check_rewards, standard_normal
 
 
 class CMA:
@@ -23,8 +23,9 @@ class CMA:
     """
 
     assignment = "all"
+    temperature = 0.0
 
-    def __init__(self, *, dim: int, population_size: int, sigma: float, seed: int, diagonal: bool):
+    def __init__(self, *, dim: int, population_size: int, seed: int, diagonal: bool, sigma: float = 0.3):
         if population_size < 3:
             raise ValueError(f"population_size: got {population_size}, CMA-ES needs at least 3")
         self.name = "cma-diagonal" if diagonal else "cma"
@@ -62,7 +63,7 @@ class CMA:
             self._candidates = self._search.ask()
         return np.array(self._candidates, dtype=np.float32)
 
-    def tell(self, generation: int, rewards: np.ndarray) -> None:
+    def tell(self, generation: int, rewards: np.ndarray, score: Score | None = None) -> None:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
         self.ask(generation)
         rewards = check_rewards(rewards, self.population_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from essa.strategies.base import check_rewards, standard_normal
+from essa.strategies.adam import Adam
+from essa.strategies.base import Score, check_rewards, standard_normal
 from essa.strategies.shaping import within_prompt
 
 
@@ -13,7 +14,7 @@ class ESPerCompletion:
 
     Rewards are compared within each prompt, as GRPO compares completions, and only prompts with mixed outcomes count.
     Their score-weighted noise estimates the gradient of the expected reward (Salimans et al. 2017), which Adam
-    (Kingma and Ba 2015) ascends.
+    ascends.
 
     Args:
         dim: number of searched coordinates.
@@ -26,6 +27,7 @@ class ESPerCompletion:
 
     name = "es-per-completion"
     assignment = "per_prompt"
+    temperature = 0.0
 
     def __init__(
         self,
@@ -33,8 +35,8 @@ class ESPerCompletion:
         dim: int,
         population_size: int,
         prompts_per_generation: int,
-        sigma: float,
         seed: int,
+        sigma: float = 0.3,
         lr: float = 0.05,
     ):
         if population_size % (2 * prompts_per_generation):
@@ -47,10 +49,8 @@ class ESPerCompletion:
         self.prompts = prompts_per_generation
         self.mean = np.zeros(dim)
         self.sigma = sigma
-        self._lr = lr
         self._seed = seed
-        self._momentum = np.zeros(dim)
-        self._square = np.zeros(dim)
+        self._adam = Adam(dim, lr)
         self._generation = 0
 
     def ask(self, generation: int) -> np.ndarray:
@@ -62,7 +62,7 @@ class ESPerCompletion:
         candidates[1::2] = self.mean - self.sigma * noise
         return candidates.astype(np.float32)
 
-    def tell(self, generation: int, rewards: np.ndarray) -> None:
+    def tell(self, generation: int, rewards: np.ndarray, score: Score | None = None) -> None:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         rewards = check_rewards(rewards, self.population_size, 1)
@@ -70,16 +70,8 @@ class ESPerCompletion:
         counted = np.count_nonzero(scores)
         if counted:
             pairs = scores[0::2] - scores[1::2]
-            self._step(pairs @ self._noise() / (counted * self.sigma))
+            self.mean = self.mean + self._adam(pairs @ self._noise() / (counted * self.sigma))
         self._generation += 1
 
     def _noise(self) -> np.ndarray:
         return standard_normal((self.population_size // 2, len(self.mean)), self._seed, self._generation)
-
-    def _step(self, gradient: np.ndarray) -> None:
-        steps = self._generation + 1
-        self._momentum = 0.9 * self._momentum + 0.1 * gradient
-        self._square = 0.999 * self._square + 0.001 * gradient**2
-        momentum = self._momentum / (1 - 0.9**steps)
-        square = self._square / (1 - 0.999**steps)
-        self.mean = self.mean + self._lr * momentum / (np.sqrt(square) + 1e-8)
