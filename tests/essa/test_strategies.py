@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from essa.strategies import DEFAULT_STRATEGY, STRATEGIES, make_strategy
 from essa.strategies.shaping import within_prompt
+from essa.strategies.zo_grpo import clipped
 
 import essa_kernels
 from essa_kernels.noise import STRATEGY_SITE
 
 DIM, PROMPTS = 12, 4
+SEARCHERS = [name for name in STRATEGIES if name != "zo-grpo"]
 
 
 def build(name: str, **changes):
@@ -27,20 +29,95 @@ def answered(strategy, candidates: np.ndarray, reward) -> np.ndarray:
     return rewards[np.arange(len(candidates)), prompts][:, None]
 
 
+class Bandit:
+    """A model of four answers: an offset's log-odds are linear in it. The first answer is right.
+
+    It plays a generation for strategies that sample, where the others are judged by `threshold_reward`.
+    """
+
+    def __init__(self, members: int = 16) -> None:
+        self.rng = np.random.default_rng(0)
+        self.features = self.rng.standard_normal((PROMPTS, 4, DIM))
+        self.prompts = np.repeat(np.arange(PROMPTS), members // PROMPTS)
+        self.calls: list[np.ndarray] = []
+
+    def probabilities(self, offset: np.ndarray) -> np.ndarray:
+        odds = np.exp(self.features @ offset)
+        return odds / odds.sum(1, keepdims=True)
+
+    def rewards(self, candidates: np.ndarray) -> np.ndarray:
+        drawn = [self.rng.choice(4, p=self.probabilities(c)[p]) for c, p in zip(candidates, self.prompts, strict=True)]
+        self.answers = np.array(drawn)
+        return (self.answers == 0).astype(float)[:, None]
+
+    def score(self, members: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        assert members.dtype == np.int64 and offsets.dtype == np.float32 and offsets.shape == (len(members), DIM)
+        logs = [np.log(self.probabilities(offset)) for offset in offsets]
+        rows = zip(logs, self.prompts[members], self.answers[members], strict=True)
+        self.calls.append(np.array([log[prompt, answer] for log, prompt, answer in rows]))
+        return self.calls[-1]
+
+
+def no_score(members: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    raise AssertionError("nothing to score")
+
+
 def threshold_reward(candidate: np.ndarray, prompt: int) -> float:
     """0 or 1: the candidate lies beyond the prompt's hyperplane, on the side of the all-ones direction."""
     return float(candidate.sum() / np.sqrt(len(candidate)) > 0.4 * prompt)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_climbs_on_noughts_and_ones(name):
     strategy = build(name)
     for generation in range(60):
-        strategy.tell(generation, answered(strategy, strategy.ask(generation), threshold_reward))
+        strategy.tell(generation, answered(strategy, strategy.ask(generation), threshold_reward), no_score)
     assert strategy.mean.sum() / np.sqrt(DIM) > 1.2
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+def test_zo_grpo_learns_to_sample_the_right_answers():
+    strategy, bandit = build("zo-grpo", sigma=None), Bandit()
+    for generation in range(30):
+        strategy.tell(generation, bandit.rewards(strategy.ask(generation)), bandit.score)
+    assert bandit.probabilities(strategy.mean)[:, 0].mean() > 0.8
+
+
+def test_zo_grpo_follows_the_policy_gradient():
+    """Over many directions, its first step's estimate is the gradient of sum(advantage x log-probability)."""
+    strategy, bandit = build("zo-grpo", sigma=1e-3), Bandit()
+    candidates = strategy.ask(0)
+    assert not np.ptp(candidates, axis=0).any(), "all members are the mean"
+    advantages = within_prompt(bandit.rewards(candidates).reshape(PROMPTS, -1)).reshape(-1)
+    gradients = []
+    strategy._adam = lambda gradient: gradients.append(gradient) or np.zeros(DIM)
+    for generation in range(100):
+        strategy.tell(generation, np.where(advantages > 0, 1.0, 0.0)[:, None], bandit.score)
+    policy = bandit.probabilities(np.zeros(DIM))[bandit.prompts]
+    features = bandit.features[bandit.prompts]
+    slopes = features[np.arange(16), bandit.answers] - (policy[:, :, None] * features).sum(1)
+    exact = advantages @ slopes / 16
+    np.testing.assert_allclose(np.mean(gradients, axis=0), exact, atol=0.1 * np.linalg.norm(exact))
+
+
+def test_clipping_is_ppos():
+    advantages, ratios = np.array([1.0, 1.0, -1.0, -1.0, 2.0]), np.array([1.3, 0.7, 1.3, 0.7, 1.1])
+    np.testing.assert_allclose(clipped(advantages, ratios), [0, 0.7, -1.3, 0, 2.2])
+
+
+def test_zo_grpo_replays_from_rewards_and_scores():
+    strategy, bandit, told = build("zo-grpo"), Bandit(), []
+    for generation in range(6):
+        rewards, bandit.calls = bandit.rewards(strategy.ask(generation)), []
+        strategy.tell(generation, rewards, bandit.score)
+        told.append((rewards, bandit.calls))
+    replayed = build("zo-grpo")
+    for generation, (rewards, scores) in enumerate(told):
+        recorded = iter(scores)
+        replayed.tell(generation, rewards, lambda *_, recorded=recorded: next(recorded))
+    assert np.array_equal(replayed.mean, strategy.mean) and replayed.mean.any()
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_replaying_the_rewards_rebuilds_the_state_bit_for_bit(name):
     strategy, history = build(name), []
     for generation in range(12):
@@ -49,12 +126,12 @@ def test_replaying_the_rewards_rebuilds_the_state_bit_for_bit(name):
         assert np.array_equal(candidates, strategy.ask(generation)), "asking twice changes nothing"
         rewards = answered(strategy, candidates, threshold_reward)
         history.append((candidates, rewards))
-        strategy.tell(generation, rewards)
+        strategy.tell(generation, rewards, no_score)
     replayed = build(name)
     for generation, (candidates, rewards) in enumerate(history):
         if generation % 2:  # a tell needs no ask before it
             assert np.array_equal(replayed.ask(generation), candidates)
-        replayed.tell(generation, rewards)
+        replayed.tell(generation, rewards, no_score)
     assert np.array_equal(replayed.mean, strategy.mean) and replayed.sigma == strategy.sigma
     assert np.array_equal(replayed.ask(12), strategy.ask(12))
     assert not np.array_equal(build(name, seed=6).ask(0), history[0][0])
@@ -64,7 +141,7 @@ def test_replaying_the_rewards_rebuilds_the_state_bit_for_bit(name):
 def test_goes_on_when_all_rewards_are_equal(name):
     strategy = build(name)
     for generation in range(30):
-        strategy.tell(generation, np.ones((16, PROMPTS if strategy.assignment == "all" else 1)))
+        strategy.tell(generation, np.ones((16, PROMPTS if strategy.assignment == "all" else 1)), no_score)
     assert np.isfinite(strategy.ask(30)).all() and np.isfinite(strategy.sigma)
 
 
@@ -88,7 +165,7 @@ def test_per_completion_ignores_prompts_without_mixed_outcomes():
         strategy = build("es-per-completion")
         rewards = np.full((PROMPTS, 4), others)
         rewards[2] = mixed
-        strategy.tell(0, rewards.reshape(-1, 1))
+        strategy.tell(0, rewards.reshape(-1, 1), no_score)
         steps.append(strategy.mean)
     assert np.array_equal(*steps) and np.abs(steps[0]).max() > 0
 
@@ -113,6 +190,8 @@ def test_within_prompt():
         ("es-per-completion", {"prompts_per_generation": 0}, "prompts_per_generation: got 0"),
         ("es-per-completion", {"lr": -1.0}, "lr: got -1.0"),
         ("es-per-completion", {"population_size": 12}, "needs a multiple of 8"),
+        ("zo-grpo", {"population_size": 14}, "needs a multiple of the 4 prompts"),
+        ("zo-grpo", {"population_size": 4}, "at least two draws"),
     ],
 )
 def test_refuses(name, changes, message):
@@ -125,11 +204,11 @@ def test_refuses_rewards_that_are_not_the_generations(name):
     strategy = build(name)
     columns = PROMPTS if strategy.assignment == "all" else 1
     with pytest.raises(ValueError, match="generation: got 1, expected 0"):
-        strategy.tell(1, np.zeros((16, columns)))
+        strategy.tell(1, np.zeros((16, columns)), no_score)
     with pytest.raises(ValueError, match="shape"):
-        strategy.tell(0, np.zeros((15, columns)))
+        strategy.tell(0, np.zeros((15, columns)), no_score)
     with pytest.raises(ValueError, match="got nan for member 3"):
-        strategy.tell(0, np.where(np.arange(16)[:, None] == 3, np.nan, np.zeros((16, columns))))
+        strategy.tell(0, np.where(np.arange(16)[:, None] == 3, np.nan, np.zeros((16, columns))), no_score)
 
 
 def test_the_default_is_one_of_them():

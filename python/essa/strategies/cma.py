@@ -63,7 +63,7 @@ class CMA:
             self._candidates = self._search.ask()
         return np.array(self._candidates, dtype=np.float32)
 
-    def tell(self, generation: int, rewards: np.ndarray, score: Score | None = None) -> None:
+    def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
         self.ask(generation)
         rewards = check_rewards(rewards, self.population_size)

@@ -62,7 +62,7 @@ class ESPerCompletion:
         candidates[1::2] = self.mean - self.sigma * noise
         return candidates.astype(np.float32)
 
-    def tell(self, generation: int, rewards: np.ndarray, score: Score | None = None) -> None:
+    def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         rewards = check_rewards(rewards, self.population_size, 1)

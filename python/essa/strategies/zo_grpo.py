@@ -8,8 +8,8 @@ from essa.strategies.adam import Adam
 from essa.strategies.base import Score, check_rewards, standard_normal
 from essa.strategies.shaping import within_prompt
 
-STEPS = 4
-DIRECTIONS = 8
+STEPS = 2
+DIRECTIONS = 16
 CLIP = 0.2
 
 
@@ -19,7 +19,7 @@ class ZOGRPO:
     A reward tells one perturbation little. So rewards are collected as in GRPO (Shao et al. 2024), by sampling, and
     compared within each prompt. The slope of the resulting objective, the mean of advantage x likelihood ratio, is then
     a matter of log-probabilities, which every forward pass over the given completions yields: each completion is scored
-    at the mean and at `DIRECTIONS` perturbations of its own, and the differences estimate the gradient (Spall 1992).
+    at the mean and at perturbations of its own, and the differences estimate the gradient (Spall 1992).
     Adam takes `STEPS` steps on one generation's completions, with fresh perturbations each; a
     completion whose ratio (per token, as in GSPO, Zheng et al. 2025) has left 1 +- `CLIP` in the wanted direction no
     longer counts.
@@ -45,7 +45,7 @@ class ZOGRPO:
         prompts_per_generation: int,
         seed: int,
         sigma: float = 0.05,
-        lr: float = 0.02,
+        lr: float = 0.03,
     ):
         if population_size % prompts_per_generation or population_size < 2 * prompts_per_generation:
             raise ValueError(
@@ -76,19 +76,24 @@ class ZOGRPO:
             for step in range(STEPS):
                 noise, here, there = self._look_around(members, score, step)
                 sampled_at = here if sampled_at is None else sampled_at
-                weights = clipped(advantages[members], np.exp(here - sampled_at))
+                weights = clipped(advantages[members], np.exp(here - sampled_at)) / self.population_size
                 slopes = weights[:, None] * (there - here[:, None]) / self.sigma
-                self.mean = self.mean + self._adam(np.einsum("rk,rkd->d", slopes, noise) / slopes.size)
+                self.mean = self.mean + self._adam(np.einsum("rk,rkd->d", slopes, noise) / slopes.shape[1])
         self._generation += 1
 
     def _look_around(self, members: np.ndarray, score: Score, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each completion's directions [rows, DIRECTIONS, dim], its score at the mean [rows] and along them."""
+        """Each completion's directions [rows, directions, dim], its score at the mean [rows] and along them.
+
+        The fewer completions count, the more directions each gets, lest the estimate get noisier as the model gets
+        better.
+        """
         rows, dim = len(members), len(self.mean)
-        noise = standard_normal((rows * DIRECTIONS, dim), self._seed, self._generation, draw=step)
-        noise = noise.reshape(rows, DIRECTIONS, dim)
+        directions = DIRECTIONS * self.population_size // rows
+        noise = standard_normal((rows * directions, dim), self._seed, self._generation, draw=step)
+        noise = noise.reshape(rows, directions, dim)
         points = np.concatenate([np.zeros((rows, 1, dim)), noise], axis=1) * self.sigma + self.mean
-        owners = np.repeat(members, 1 + DIRECTIONS)
-        scores = score(owners, points.reshape(-1, dim).astype(np.float32)).reshape(rows, 1 + DIRECTIONS)
+        owners = np.repeat(members, 1 + directions)
+        scores = score(owners, points.reshape(-1, dim).astype(np.float32)).reshape(rows, 1 + directions)
         return noise, scores[:, 0], scores[:, 1:]
 
 
