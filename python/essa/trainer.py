@@ -94,9 +94,7 @@ class ESSATrainer:
             raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
         self._searched = self.space.top(args.alpha)
         self._fingerprint = fingerprint(self.model, adapter_name)
-        self._strategy = self._new_strategy()
         self.callbacks = _make_callbacks(callbacks, args.report_to)
-        self.control = TrainerControl()
         self.about: dict[str, Any] = {}
         """Further facts for `run.json`, such as the command that started the run."""
         self._reset()
