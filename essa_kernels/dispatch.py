@@ -39,6 +39,11 @@ PREFERENCE = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+# A few rows are bound by the launch, which the CUDA kernels keep to one; more than these are a matrix product, and
+# Triton's kernels have it done by tensor cores.
+DECODE_ROWS = 64
+PREFERENCE_BEYOND_DECODE = {"cuda": ("triton", "cuda", "reference")}
+
 
 class Explanation(str):
     """Text that shows itself as it prints."""
@@ -99,15 +104,17 @@ def _triton_unavailable(device_type: str) -> str | None:
 
 
 @functools.cache
-def resolve(op: str, device: torch.device, backend: str | None = None) -> Callable[..., None]:
-    """The function that computes ``op`` for tensors on ``device``.
+def resolve(
+    op: str, device: torch.device, backend: str | None = None, beyond_decode: bool = False
+) -> Callable[..., None]:
+    """The function that computes ``op`` for tensors on ``device``, which may be more than `DECODE_ROWS` rows.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
         RuntimeError: ``backend`` is not available, or the compiled module is there but does not load.
     """
     if backend is None:
-        backend = _preferred(op, device.type)
+        backend = _preferred(op, device.type, beyond_decode)
     elif backend not in MODULES:
         raise ValueError(f"{op}: backend must be one of {', '.join(MODULES)} or None, got {backend!r}")
     elif reason := unavailable(backend, device.type):
@@ -116,9 +123,15 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> Callab
     return getattr(importlib.import_module(MODULES[backend].format(file=file)), function)
 
 
-def _preferred(op: str, device_type: str) -> str:
+def preference(device_type: str, beyond_decode: bool) -> tuple[str, ...]:
+    """The backends for a device, best first."""
+    backends = PREFERENCE.get(device_type, ("reference",))
+    return PREFERENCE_BEYOND_DECODE.get(device_type, backends) if beyond_decode else backends
+
+
+def _preferred(op: str, device_type: str, beyond_decode: bool) -> str:
     reasons = {}
-    for backend in PREFERENCE.get(device_type, ("reference",)):
+    for backend in preference(device_type, beyond_decode):
         reasons[backend] = unavailable(backend, device_type)
         if reasons[backend] is None:
             break
@@ -151,6 +164,9 @@ def explain(op: str | None = None) -> Explanation:
         for device_type, backends in PREFERENCE.items():
             lines.append(f"  {device_type} tensors:")
             lines += _explain_backends(device_type, backends)
+            if OPS[name][0] == "svd_lora" and device_type in PREFERENCE_BEYOND_DECODE:
+                lines.append(f"  {device_type} tensors of more than {DECODE_ROWS} rows:")
+                lines += _explain_backends(device_type, PREFERENCE_BEYOND_DECODE[device_type])
     return Explanation("\n".join(lines))
 
 

@@ -235,6 +235,10 @@ def _check_offsets(op: str, offsets: Tensor, rows: int) -> None:
         raise ValueError(f"{op}: offsets must not descend, got {values[m]}, {values[m + 1]} at member {m}")
 
 
+def _beyond_decode(rows: Tensor) -> bool:
+    return rows.numel() > dispatch.DECODE_ROWS * rows.shape[-1] if rows.dim() else False
+
+
 def _rows_of_x(x: Tensor) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
@@ -265,7 +269,7 @@ def _fake(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
-    implementation = dispatch.resolve("svd_lora", x.device, backend)
+    implementation = dispatch.resolve("svd_lora", x.device, backend, _beyond_decode(x))
     if not _svd_lora_fits(y, x, v_a, core, u_b, s_a, s_b, offsets):
         _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
     x, y = _rows_of_x(x), _rows_of_y("svd_lora", y)
@@ -279,7 +283,7 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
 
 
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
-    implementation = dispatch.resolve("svd_lora_shrink", x.device, backend)
+    implementation = dispatch.resolve("svd_lora_shrink", x.device, backend, _beyond_decode(x))
     if not _shrink_fits(x, v_a, core, s_a, s_b, offsets):
         _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
     x = _rows_of_x(x)
@@ -296,7 +300,7 @@ def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_expand(y, h, u_b, backend=None) -> None:
-    implementation = dispatch.resolve("svd_lora_expand_", y.device, backend)
+    implementation = dispatch.resolve("svd_lora_expand_", y.device, backend, _beyond_decode(y))
     if not _expand_with_h_fits(y, h, u_b):
         _check_expand(y, h, u_b)
     y = _rows_of_y("svd_lora_expand_", y)
