@@ -111,7 +111,8 @@ class ESSAConfig(_Settings):
     )
     strategy: str | None = setting(
         None,
-        "Search strategy: cma, cma-diagonal, es-per-completion or zo-grpo. Default: the package's best.",
+        "Search strategy: cma, cma-diagonal, es-per-completion or zo-grpo. Default: zo-grpo; where the population is no "
+        "multiple of the prompts or the temperature is 0, the best of the others that fits.",
         fixed=True,
     )
     learning_rate: float | None = setting(

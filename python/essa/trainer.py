@@ -31,7 +31,7 @@ from essa.progress import Progress
 from essa.rewards import Answer, Reward, RewardError, Rewards
 from essa.rollout import generate
 from essa.scoring import log_probabilities
-from essa.strategies import Score, make_strategy
+from essa.strategies import Score, Strategy, make_strategy
 from essa_kernels.nn import SVDLoRA
 
 logger = logging.getLogger(__name__)
@@ -150,24 +150,21 @@ class ESSATrainer:
         """Write the current mean as an ordinary PEFT adapter folder, by default to `args.output_dir/adapter`."""
         self.space.save_adapter(self.values, output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
 
-    def _new_strategy(self) -> Any:
+    def _new_strategy(self) -> Strategy:
         args = self.args
-        name = {} if args.strategy is None else {"name": args.strategy}
         try:
-            strategy = make_strategy(
-                **name,
+            return make_strategy(
+                args.strategy,
                 dim=len(self._searched),
                 population_size=args.population_size,
                 prompts_per_generation=args.prompts_per_generation,
-                sigma=args.sigma,
                 seed=args.seed,
+                sigma=args.sigma,
                 lr=args.learning_rate,
+                temperature=args.temperature,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        if strategy.temperature and args.temperature == 0:
-            raise InputError(f"temperature must be above 0 for strategy {strategy.name!r}, which samples; got 0")
-        return strategy
 
     def _resolved(self) -> dict[str, Any]:
         """The settings whose default is the strategy's own, as they are before the first generation."""

@@ -118,7 +118,7 @@ def test_resume_takes_its_options_from_the_run(align, tmp_path):
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
     result = essa("align", "--resume_from_checkpoint", tmp_path / "run", "--sigma", "0.9")
-    assert result.exit_code == 2 and "settings sigma was 0.3, now 0.9" in result.stderr
+    assert result.exit_code == 2 and "settings sigma was 0.05, now 0.9" in result.stderr
     result = essa("align", "--resume_from_checkpoint", tmp_path / "nothing")
     assert result.exit_code == 2 and "no run to resume" in result.stderr
 

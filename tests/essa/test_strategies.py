@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from essa.strategies import DEFAULT_STRATEGY, STRATEGIES, make_strategy
+from essa.strategies import STRATEGIES, make_strategy
 from essa.strategies.shaping import within_prompt
 from essa.strategies.zo_grpo import clipped
 
@@ -192,6 +192,7 @@ def test_within_prompt():
         ("es-per-completion", {"population_size": 12}, "needs a multiple of 8"),
         ("zo-grpo", {"population_size": 14}, "needs a multiple of the 4 prompts"),
         ("zo-grpo", {"population_size": 4}, "at least two draws"),
+        ("zo-grpo", {"temperature": 0}, "temperature: got 0"),
     ],
 )
 def test_refuses(name, changes, message):
@@ -211,5 +212,18 @@ def test_refuses_rewards_that_are_not_the_generations(name):
         strategy.tell(0, np.where(np.arange(16)[:, None] == 3, np.nan, np.zeros((16, columns))), no_score)
 
 
-def test_the_default_is_one_of_them():
-    assert make_strategy(dim=3, population_size=8, prompts_per_generation=2, sigma=1.0, seed=0).name == DEFAULT_STRATEGY
+@pytest.mark.parametrize(
+    ("population", "prompts", "temperature", "name"),
+    [
+        (8, 4, None, "zo-grpo"),
+        (12, 4, 0.7, "zo-grpo"),
+        (8, 4, 0, "es-per-completion"),
+        (12, 4, 0, "cma-diagonal"),
+        (24, 64, None, "cma-diagonal"),
+        (24, 16, 1.0, "cma-diagonal"),
+        (8, 8, None, "cma-diagonal"),
+    ],
+)
+def test_the_default_fits_the_population(population, prompts, temperature, name):
+    sizes = {"population_size": population, "prompts_per_generation": prompts, "temperature": temperature}
+    assert make_strategy(dim=3, seed=0, **sizes).name == name

@@ -37,7 +37,14 @@ def check_trl() -> None:
         raise InputError("compare='grpo' needs TRL: pip install 'essa-kernels[compare]'") from error
 
 
-def run_grpo(warm_start: Path, args: ESSAConfig, samples: int, seed: int, num_generations: int = 8) -> GRPORun:
+def run_grpo(
+    warm_start: Path,
+    args: ESSAConfig,
+    samples: int,
+    seed: int,
+    num_generations: int = 8,
+    validation: list[dict[str, str]] | None = None,
+) -> GRPORun:
     """Train for about `samples` completions, as many per step as a generation of ESSA's draws.
 
     Args:
@@ -46,6 +53,7 @@ def run_grpo(warm_start: Path, args: ESSAConfig, samples: int, seed: int, num_ge
         samples: the budget of completions.
         seed: of the prompts' order and of the sampling.
         num_generations: completions per prompt.
+        validation: the rows of the curve; None takes all validation problems.
     """
     from datasets import Dataset
     from peft import PeftModel
@@ -57,17 +65,17 @@ def run_grpo(warm_start: Path, args: ESSAConfig, samples: int, seed: int, num_ge
     model = PeftModel.from_pretrained(base, str(warm_start), is_trainable=True)
     rewards = Rewards("exact_match", None)
 
-    def accuracy(split: str) -> float:
-        prompts = check_prompts(
-            task.rows(task.split(split)), model, tokenizer, rewards, name=split, max_new_tokens=args.max_new_tokens
-        )
+    validation = validation or task.rows(task.split("validation"))
+
+    def accuracy(rows: list[dict[str, str]]) -> float:
+        prompts = check_prompts(rows, model, tokenizer, rewards, name="rows", max_new_tokens=args.max_new_tokens)
         return evaluate(
             model, tokenizer, prompts, rewards, max_new_tokens=args.max_new_tokens, row_budget=args.row_budget
         )["reward"]
 
     per_step = args.prompts_per_generation * num_generations
     steps = max(1, samples // per_step)
-    run = GRPORun([0], [0.0], [accuracy("validation")], 0.0)
+    run = GRPORun([0], [0.0], [accuracy(validation)], 0.0)
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -79,7 +87,7 @@ def run_grpo(warm_start: Path, args: ESSAConfig, samples: int, seed: int, num_ge
             if state.global_step % args.eval_steps == 0 or state.global_step == steps:
                 run.samples.append(state.global_step * per_step)
                 run.seconds.append(self.seconds)
-                run.values.append(accuracy("validation"))
+                run.values.append(accuracy(validation))
             self.started = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,5 +118,5 @@ def run_grpo(warm_start: Path, args: ESSAConfig, samples: int, seed: int, num_ge
             processing_class=tokenizer,
             callbacks=[Watch()],
         ).train()
-    run.accuracy = accuracy("test")
+    run.accuracy = accuracy(task.rows(task.split("test")))
     return run

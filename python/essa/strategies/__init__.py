@@ -10,14 +10,25 @@ from essa.strategies.base import Score, Strategy
 from essa.strategies.es_per_completion import ESPerCompletion
 from essa.strategies.zo_grpo import ZOGRPO
 
-__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Score", "Strategy", "make_strategy"]
+__all__ = ["STRATEGIES", "Score", "Strategy", "default_strategy", "make_strategy"]
 
 STRATEGIES = ("cma", "cma-diagonal", "es-per-completion", "zo-grpo")
-DEFAULT_STRATEGY = "es-per-completion"
+
+
+def default_strategy(population_size: int, prompts_per_generation: int, temperature: float | None = None) -> str:
+    """The most sample-efficient strategy that such a population can serve.
+
+    zo-grpo samples at least two completions of every prompt; es-per-completion decodes greedily, with an even number
+    of draws for every prompt; in CMA-ES any number of members answers every prompt.
+    """
+    draws, rest = divmod(population_size, prompts_per_generation)
+    if not rest and draws >= 2 and temperature != 0:
+        return "zo-grpo"
+    return "cma-diagonal" if rest or draws % 2 else "es-per-completion"
 
 
 def make_strategy(
-    name: str = DEFAULT_STRATEGY,
+    name: str | None = None,
     *,
     dim: int,
     population_size: int,
@@ -25,22 +36,24 @@ def make_strategy(
     seed: int,
     sigma: float | None = None,
     lr: float | None = None,
+    temperature: float | None = None,
 ) -> Strategy:
     """A fresh strategy.
 
     Args:
-        name: one of `STRATEGIES`.
+        name: one of `STRATEGIES`; None for `default_strategy`.
         dim: number of searched coordinates, at least 1.
         population_size: members per generation, at least 2.
         prompts_per_generation: prompts per generation, at least 1.
         seed: seed of the strategy's noise, 0 .. 2**64 - 1.
         sigma: initial standard deviation of the perturbations, above 0; None for the strategy's own.
         lr: step size of the gradient strategies, above 0; None for the strategy's own. CMA-ES has none.
+        temperature: that of the rollouts, 0 for greedy decoding; None for the strategy's own.
 
     Raises:
         ValueError: an argument is out of range, or the population does not fit the strategy.
     """
-    if name not in STRATEGIES:
+    if name is not None and name not in STRATEGIES:
         raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(STRATEGIES)}{suggest(str(name), STRATEGIES)}")
     for argument, value, least in (
         ("dim", dim, 1),
@@ -49,6 +62,9 @@ def make_strategy(
     ):
         if value < least:
             raise ValueError(f"{argument}: got {value}, must be at least {least}")
+    name = name or default_strategy(population_size, prompts_per_generation, temperature)
+    if name == "zo-grpo" and temperature == 0:
+        raise ValueError("temperature: got 0, must be above 0 for zo-grpo, which samples")
     for argument, size in (("sigma", sigma), ("lr", lr)):
         if size is not None and not (math.isfinite(size) and size > 0):
             raise ValueError(f"{argument}: got {size}, must be finite and above 0")

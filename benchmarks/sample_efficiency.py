@@ -1,0 +1,134 @@
+"""Samples until the demo's model is right nine times in ten: every strategy, and TRL's GRPO, from the same warm starts.
+
+    python -m benchmarks.sample_efficiency [--seeds 0 1 2 3 4] [--methods zo-grpo ...] [--threads 1]
+
+Every run goes through the product: the demo's warm start, `ESSATrainer`, its rollout. A sample is one completion whose
+reward was asked for. The thresholds are read off the accuracy on 500 validation problems; the last column is measured once,
+at the end, on the 1,000 test problems. Seconds are those of the search alone, without evaluations.
+`results/sample_efficiency.json` keeps the curves, `.md` the medians over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from essa.checkpoint import Run
+from essa.config import ESSAConfig
+from essa.demo import task
+from essa.demo.grpo import run_grpo
+from essa.demo.run import MAX_NEW_TOKENS, test_accuracy
+from essa.demo.warm_start import BASE_MODEL, make_warm_start
+from essa.report import run_curves
+from essa.trainer import ESSATrainer
+
+RESULTS = Path(__file__).parent / "results"
+VALIDATION = 500
+THRESHOLDS = (0.90, 0.95)
+METHODS: dict[str, dict[str, Any]] = {
+    "CMA 24 x 64": {
+        "strategy": "cma-diagonal", "sigma": 0.2, "population_size": 24, "prompts_per_generation": 64,
+        "generations": 14, "eval_steps": 1,
+    },
+    "CMA 24 x 16": {
+        "strategy": "cma-diagonal", "sigma": 0.4, "population_size": 24, "prompts_per_generation": 16,
+        "generations": 40, "eval_steps": 2,
+    },
+    "es-per-completion 8 x 8": {
+        "strategy": "es-per-completion", "population_size": 64, "prompts_per_generation": 8,
+        "generations": 100, "eval_steps": 4,
+    },
+    "zo-grpo 8 x 4": {
+        "strategy": "zo-grpo", "population_size": 32, "prompts_per_generation": 8, "generations": 48, "eval_steps": 2,
+    },
+    "GRPO 8 x 8": {"population_size": 64, "prompts_per_generation": 8, "generations": 24, "eval_steps": 1},
+    "GRPO 8 x 4": {"population_size": 32, "prompts_per_generation": 8, "generations": 48, "eval_steps": 2},
+}  # fmt: skip
+
+
+def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One method from one warm start: its validation curve and its accuracy on test."""
+    warm_start = folder / "warm_start"
+    make_warm_start(warm_start, seed)
+    settings = ESSAConfig(
+        output_dir=str(folder / "run"), seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=False, **METHODS[method]
+    )
+    validation = task.rows(task.split("validation")[:VALIDATION])
+    if method.startswith("GRPO"):
+        draws = settings.population_size // settings.prompts_per_generation
+        budget = settings.population_size * settings.generations
+        curve = run_grpo(warm_start, settings, budget, seed, num_generations=draws, validation=validation)
+        test = curve.accuracy
+    else:
+        train = task.rows(task.split("train"))
+        trainer = ESSATrainer(str(BASE_MODEL), "exact_match", settings, train, validation, adapter=str(warm_start))
+        trainer.train()
+        test = test_accuracy(trainer)
+        curve = next(curve for curve in run_curves(Run.read(settings.output_dir)) if curve.name == "evaluation")
+    return {
+        "method": method,
+        "seed": seed,
+        "samples": list(curve.samples),
+        "seconds": [round(seconds, 3) for seconds in curve.seconds],
+        "validation": list(curve.values),
+        "test": test,
+    }
+
+
+def first_reaching(result: dict[str, Any], threshold: float) -> float:
+    reached = (n for n, value in zip(result["samples"], result["validation"], strict=True) if value >= threshold)
+    return next(reached, float("inf"))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method (prompts x draws, or members x prompts) | seeds | samples to 0.90 | samples to 0.95 | "
+        "samples in all | seconds in all | accuracy before (validation) | accuracy after (test) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        runs = [result for result in results if result["method"] == method]
+        if not runs:
+            continue
+        thresholds = [_median([first_reaching(result, threshold) for result in runs]) for threshold in THRESHOLDS]
+        lines.append(
+            f"| {method} | {len(runs)} | {' | '.join(thresholds)} | {_median([r['samples'][-1] for r in runs])} | "
+            f"{statistics.median(r['seconds'][-1] for r in runs):.1f} | "
+            f"{statistics.median(r['validation'][0] for r in runs):.3f} | "
+            f"{statistics.median(r['test'] for r in runs):.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _median(numbers: list[float]) -> str:
+    median = statistics.median_high(numbers)
+    return "not reached" if median == float("inf") else f"{median:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "sample_efficiency.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else []
+    for seed in options.seeds:
+        for method in options.methods:
+            with tempfile.TemporaryDirectory() as folder:
+                fresh = run(method, seed, Path(folder))
+            results = [r for r in results if (r["method"], r["seed"]) != (method, seed)] + [fresh]
+            options.output.write_text(json.dumps(results, indent=None) + "\n")
+            options.output.with_suffix(".md").write_text(table(results))
+            print(f"{method}, seed {seed}: test {fresh['test']:.3f}", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
