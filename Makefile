@@ -40,13 +40,13 @@ wheel: $(VENV)/wheel-tools
 	@echo "== building a wheel from the source distribution"
 	$(VENV)/bin/python -m build --outdir dist
 
-# zig is a C++ compiler that brings glibc's symbols in every version and its own static C++ library. CUDA's headers refuse
-# that library, so this wheel carries the CPU kernels alone; on a GPU the Triton kernels serve.
+# zig is a C++ compiler that brings glibc's symbols in every version and its own static C++ library. nvcc, where there is
+# one, keeps the system's compiler for its host code, which uses nothing of the C++ library.
 wheel-manylinux: $(VENV)/manylinux-tools
 	@echo "== building a wheel for glibc 2.28 and newer; the first time zig compiles its C++ library, some minutes"
 	rm -rf build/manylinux
 	ZIG="$$($(VENV)/bin/python -c 'import ziglang; print(*ziglang.__path__)')/zig" && \
-	  ESSA_CUDA=off LDFLAGS=-s CXX="$$ZIG c++ -O3 -target $(MACHINE)-linux-gnu.2.28" \
+	  LDFLAGS=-s CXX="$$ZIG c++ -O3 -target $(MACHINE)-linux-gnu.2.28" \
 	  $(VENV)/bin/python -m build --outdir build/manylinux
 	PATH="$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat --wheel-dir dist build/manylinux/*.whl
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/features.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #ifdef ESSA_WITH_CUDA
@@ -114,7 +115,9 @@ py::dict build_info() {
   info["cuda"] = true;
   info["cuda_archs"] = ESSA_CUDA_ARCHS;
   info["cuda_version"] = ESSA_CUDA_VERSION;
-  info["cuda_device"] = cuda::device_report();
+  char devices[2048];
+  cuda::device_report(devices, sizeof devices);
+  info["cuda_device"] = devices;
 #else
   info["cuda"] = false;
 #endif

@@ -125,21 +125,21 @@ def resolve(
 
 def preference(device_type: str, beyond_decode: bool) -> tuple[str, ...]:
     """The backends for a device, best first."""
-    backends = PREFERENCE.get(device_type, ("reference",))
+    backends = PREFERENCE[device_type]
     return PREFERENCE_BEYOND_DECODE.get(device_type, backends) if beyond_decode else backends
 
 
 def _preferred(op: str, device_type: str, beyond_decode: bool) -> str:
+    if compiled_module_error() and "does not load" in compiled_module_error():
+        raise RuntimeError(f"{op}: {compiled_module_error()}")
     reasons = {}
     for backend in preference(device_type, beyond_decode):
         reasons[backend] = unavailable(backend, device_type)
         if reasons[backend] is None:
             break
-    compiled = reasons.get(device_type)
-    if compiled and "does not load" in compiled:
-        raise RuntimeError(f"{op}: {compiled}")
-    if backend == "reference" and device_type == "cpu":
-        warnings.warn(f"essa_kernels computes on the CPU with plain torch, slowly: {compiled}", stacklevel=2)
+    if backend == "reference":
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        warnings.warn(f"essa_kernels computes {op} with plain torch on {device_type}, slowly. {why}", stacklevel=2)
     return backend
 
 

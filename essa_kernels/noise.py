@@ -47,7 +47,6 @@ GENERATION_END = 2**32
 SITE_END = 2**30
 MEMBER_END = 2**33
 
-FIRST_RESERVED_SITE = SITE_END - 1024
 STRATEGY_SITE = SITE_END - 1
 """The site from which search strategies draw."""
 SAMPLING_SITE = SITE_END - 2

@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "features.h"
+
 namespace essa {
 namespace cpu {
 namespace {
@@ -21,19 +23,19 @@ const Candidate candidates[] = {
 #if defined(__x86_64__)
     {ESSA_TABLE(avx2), "avx2",
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       return cpu_supports("avx2") && cpu_supports("fma") && cpu_supports("f16c");
      }},
     {ESSA_TABLE(avx512), "avx512",
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+       return cpu_supports("avx512f") && cpu_supports("avx512bw") &&
+              cpu_supports("avx512vl") && cpu_supports("avx512dq");
      }},
 #ifdef ESSA_WITH_AVX512BF16
     {ESSA_TABLE(avx512bf16), "avx512",
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bf16");
+       return cpu_supports("avx512f") && cpu_supports("avx512bw") &&
+              cpu_supports("avx512vl") && cpu_supports("avx512dq") &&
+              cpu_supports("avx512bf16");
      }},
 #endif
 #endif
@@ -61,24 +63,6 @@ const Kernels& choose_kernels(const std::string& limit) {
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates) names.push_back(candidate.kernels.isa);
-  return names;
-}
-
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> names;
-#if defined(__x86_64__)
-#define ESSA_FEATURE(NAME) \
-  if (__builtin_cpu_supports(NAME)) names.push_back(NAME)
-  ESSA_FEATURE("avx2");
-  ESSA_FEATURE("fma");
-  ESSA_FEATURE("f16c");
-  ESSA_FEATURE("avx512f");
-  ESSA_FEATURE("avx512bw");
-  ESSA_FEATURE("avx512vl");
-  ESSA_FEATURE("avx512dq");
-  ESSA_FEATURE("avx512bf16");
-#undef ESSA_FEATURE
-#endif
   return names;
 }
 

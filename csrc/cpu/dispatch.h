@@ -13,7 +13,5 @@ namespace cpu {
 const Kernels& choose_kernels(const std::string& limit);
 
 std::vector<std::string> compiled_isas();
-std::vector<std::string> cpu_features();  // the ones the choice depends on
-
 }  // namespace cpu
 }  // namespace essa

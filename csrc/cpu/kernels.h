@@ -56,7 +56,8 @@ ESSA_DECLARE_KERNELS(avx512)
 ESSA_DECLARE_KERNELS(avx512bf16)
 #endif
 
-// A 64-byte aligned buffer of this thread, valid until its next call; grows, never shrinks.
+// A 64-byte aligned buffer of this thread, valid until its next call; grows, never shrinks. A few hundred kilobytes at
+// the ranks of LoRA; svd_lora keeps its core there.
 float* scratch(int64_t floats);
 
 }  // namespace cpu

@@ -2,10 +2,12 @@
 #pragma once
 #include <stdint.h>
 
+#include <string>
+
 namespace essa {
 namespace cpu {
 
-// Splits [0, items) into at most `threads` ranges of at least `grain` items, in multiples of `grain`, and calls
+// Splits [0, items) into at most `threads` ranges that begin at multiples of `grain`, and calls
 // body(context, first, last) for each. Runs in the caller where one thread is enough or no pool is found.
 void parallel_ranges(int threads, int64_t items, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
@@ -16,7 +18,7 @@ void parallel_for(int threads, int64_t items, int64_t grain, Body body) {
 }
 
 // Which library's pool is shared, or why there is none.
-const char* thread_pool();
+std::string thread_pool();
 
 }  // namespace cpu
 }  // namespace essa

@@ -8,6 +8,9 @@
 #include <immintrin.h>
 #endif
 
+#if defined(ESSA_LANES) && ESSA_LANES != (defined(__AVX512F__) ? 16 : defined(__AVX2__) ? 8 : 4)
+#error "the compiler's flags ask for another instruction set than ESSA_ISA names; is one in CXXFLAGS?"
+#endif
 #ifndef ESSA_ISA
 #error "compile with -DESSA_ISA=baseline|avx2|avx512|avx512bf16"
 #endif

@@ -2,8 +2,8 @@
 // dtype is 0 float32, 1 bfloat16, 2 float16. Every function launches on `stream` of the device that holds the result,
 // allocates nothing, never waits, and may be captured in a CUDA graph. A CUDA failure is thrown as std::runtime_error.
 #pragma once
+#include <cstddef>
 #include <cstdint>
-#include <string>
 
 namespace essa {
 namespace cuda {
@@ -24,8 +24,14 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
                      int64_t u_b_row_stride, int64_t u_b_column_stride, int64_t rows, int64_t d_out, int64_t r_b,
                      int dtype, uintptr_t stream);
 
-// Driver, devices and their compute capability in words, or the plain reason why there is none. Never throws.
-std::string device_report();
+// Writes to `text` the driver, the devices and their compute capability in words, or the plain reason why there is none.
+// Cut to `size` bytes; never throws.
+void device_report(char* text, size_t size);
+
+// The .cu files throw through these, so that their objects use nothing of the C++ library: nvcc compiles them against
+// libstdc++, and a portable wheel links another one. printf's formats.
+[[noreturn]] void fail(const char* format, ...);    // std::runtime_error
+[[noreturn]] void refuse(const char* format, ...);  // std::invalid_argument
 
 }  // namespace cuda
 }  // namespace essa

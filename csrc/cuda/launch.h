@@ -3,16 +3,15 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+
+#include "essa_cuda.h"
 
 namespace essa {
 namespace cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
-                           ")");
+  fail("%s: %s (%s)", what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
 // cudaGetLastError also clears the error, so that a refused launch is not reported again by the next one.
@@ -24,7 +23,7 @@ class OnDeviceOf {
     cudaPointerAttributes attributes;
     check(cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(pointer)), what);
     if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-      throw std::runtime_error(std::string(what) + ": the result is not in device memory");
+      fail("%s: the result is not in device memory", what);
     check(cudaGetDevice(&previous_), what);
     device_ = attributes.device;
     if (device_ != previous_) check(cudaSetDevice(device_), what);

@@ -84,8 +84,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void check_sizes(const char* op, std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   for (const auto& [name, value] : sizes)
     if (value < 0 || value > std::numeric_limits<int>::max())
-      throw std::invalid_argument(std::string(op) + ": " + name + " is " + std::to_string(value) +
-                                  ", allowed are 0 .. 2147483647");
+      refuse("%s: %s is %lld, allowed are 0 .. 2147483647", op, name, (long long)value);
 }
 
 template <class T>
@@ -138,9 +137,8 @@ Grid choose_grid(const OnDeviceOf& device, int64_t rows, int d_in, int d_out, in
   grid.rows_per_block = fills && shared_bytes(kMaxRows, r_a, r_b) <= kSharedLimit ? kMaxRows : 1;
   grid.shared_bytes = shared_bytes(grid.rows_per_block, r_a, r_b);
   if (grid.shared_bytes > kSharedLimit)
-    throw std::invalid_argument(std::string(op) + ": ranks r_a " + std::to_string(r_a) + " and r_b " +
-                                std::to_string(r_b) + " need " + std::to_string(grid.shared_bytes) +
-                                " bytes of shared memory, allowed are " + std::to_string(kSharedLimit));
+    refuse("%s: ranks r_a %d and r_b %d need %lld bytes of shared memory, allowed are %lld", op, r_a, r_b,
+           (long long)grid.shared_bytes, (long long)kSharedLimit);
   return grid;
 }
 
@@ -150,8 +148,7 @@ void with_type(int dtype, const char* op, const Function& function) {
   if (dtype == 0) return function(float());
   if (dtype == 1) return function(BFloat16());
   if (dtype == 2) return function(Float16());
-  throw std::invalid_argument(std::string(op) + ": dtype is " + std::to_string(dtype) +
-                              ", allowed are 0 (float32), 1 (bfloat16), 2 (float16)");
+  refuse("%s: dtype is %d, allowed are 0 (float32), 1 (bfloat16), 2 (float16)", op, dtype);
 }
 
 }  // namespace
@@ -208,7 +205,7 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
     p.h = reinterpret_cast<float*>(h);
     p.h_stride = h_stride;
     set_outputs(p, y, y_stride, u_b, u_b_row_stride, u_b_column_stride, d_out, r_b);
-    // Blocks share nothing here: no cluster, and d_out is split until the device is full.
+    // Blocks share nothing here: the split is that of a cluster, but none is launched.
     Grid grid = choose_grid(device, rows, 0, p.d_out, 1, p.r_b, "svd_lora_expand");
     grid.cluster = false;
     const Kernel<T> kernel =

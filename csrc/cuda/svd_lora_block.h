@@ -144,7 +144,9 @@ ESSA_HD void find_members(const Block& block, const SvdLora<T>& p, int64_t row0,
 template <int R, class T, class Block>
 ESSA_HD void finish_h(const Block& block, const SvdLora<T>& p, int64_t row0, const Shared& shared) {
   float* own = block.shared();
-  const int* owner = reinterpret_cast<const int*>(own + shared.members);
+  // Offsets on a GPU are trusted, not checked: a row that none of them owns must not lead out of bounds.
+  const unsigned* found = reinterpret_cast<const unsigned*>(own + shared.members);
+  const auto owner = [&](int r) { return (int64_t)(found[r] < (unsigned)p.members ? found[r] : 0); };
   const int rows = p.rows - row0 < R ? (int)(p.rows - row0) : R;
   for (int i = block.thread(); i < rows * p.r_a; i += block.threads()) {
     float sum = 0.0f;
@@ -152,7 +154,7 @@ ESSA_HD void finish_h(const Block& block, const SvdLora<T>& p, int64_t row0, con
       const float* partial = block.shared_of(part);
       for (int slice = 0; slice < shared.slices; ++slice) sum += partial[slice * R * p.r_a + i];
     }
-    own[shared.scaled + i] = sum * p.s_a[(int64_t)owner[i / p.r_a] * p.r_a + i % p.r_a];
+    own[shared.scaled + i] = sum * p.s_a[owner(i / p.r_a) * p.r_a + i % p.r_a];
   }
   block.sync();
   for (int i = block.thread(); i < rows * p.r_b; i += block.threads()) {
@@ -161,7 +163,7 @@ ESSA_HD void finish_h(const Block& block, const SvdLora<T>& p, int64_t row0, con
     const float* scaled = own + shared.scaled + r * p.r_a;
     float sum = 0.0f;
     for (int a = 0; a < p.r_a; ++a) sum = noise::fma_rn(core[a], scaled[a], sum);
-    own[shared.h + i] = sum * p.s_b[(int64_t)owner[r] * p.r_b + j];
+    own[shared.h + i] = sum * p.s_b[owner(r) * p.r_b + j];
   }
   block.sync();
 }

@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter folder so that a reader finds a whole adapter or none, whenever the writer dies."""
+"""Writing a PEFT adapter folder so that a reader finds whole files, whenever the writer dies."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def write_adapter_folder(model: nn.Module, adapter_name: str, state: dict[str, T
 
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir must be a folder, {str(folder)!r} is a file")
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -28,7 +28,7 @@ class Population:
         self.members = members
         self._rows = 0
         self._offsets: Tensor | None = None
-        self._scaled: dict[tuple[int, torch.device], Tensor] = {}
+        self._scaled: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def assign(self, offsets: Tensor) -> None:
         """Say whose row is whose; to be called before the first forward and whenever the batch changes.
@@ -55,19 +55,20 @@ class Population:
 
     def offsets_for(self, x: Tensor) -> Tensor:
         """The offsets of the tokens in x [batch, sequence, d] or [batch * sequence, d], on x's device."""
-        key = (x.numel() // x.shape[-1], x.device)
+        key = (x.shape[:-1], x.device)
         scaled = self._scaled.get(key)
         return self._scale(*key) if scaled is None else scaled
 
-    def _scale(self, tokens: int, device: torch.device) -> Tensor:
+    def _scale(self, shape: torch.Size, device: torch.device) -> Tensor:
         if self._offsets is None:
             raise RuntimeError("population.assign(offsets) must be called before the model's forward")
-        if tokens % self._rows if self._rows else tokens:
-            raise ValueError(
-                f"offsets must cover the batch: they end with {self._rows} sequences, the batch has {tokens} tokens"
-            )
+        tokens = shape.numel()
+        flat = len(shape) < 2  # the model has merged the batch with the sequence
+        if (tokens % self._rows if self._rows else tokens) if flat else shape[0] != self._rows:
+            batch = f"{tokens} tokens" if flat else f"{shape[0]} sequences"
+            raise ValueError(f"offsets must cover the batch: they end with {self._rows} sequences, the batch has {batch}")
         length = tokens // self._rows if self._rows else 0
-        scaled = self._scaled[tokens, device] = (self._offsets * length).to(device)
+        scaled = self._scaled[shape, device] = (self._offsets * length).to(device)
         return scaled
 
 
@@ -131,8 +132,9 @@ class Shrink:
     """The half of `svd_lora` up to u_b, computed once for all projections of the same tensor.
 
     The first projection to see a tensor computes every projection's h, the others take theirs. That they see the same
-    tensor, unchanged, is checked and not assumed: a projection that sees another one starts anew with it. The tensor is
-    held only until the last projection has taken its h.
+    tensor for the same rows is checked and not assumed: a projection that sees another one starts anew with it. So is
+    that it has not changed meanwhile, but for inference tensors, which do not count their changes. The tensor is held
+    until the last projection has taken its h.
     """
 
     def __init__(
@@ -149,26 +151,29 @@ class Shrink:
         self.core, self.s_a, self.s_b = core, s_a, s_b
         self.ranks_b = projections.ranks_b
         self.x: Tensor | None = None
+        self.offsets: Tensor | None = None
         self.version: int | None = None
         self.h: list[Tensor | None] = []
         self.waiting = 0
 
     def take(self, position: int, x: Tensor) -> Tensor:
         """h [rows, k_b], float32, of one projection."""
-        if x is not self.x or self.h[position] is None or _version(x) != self.version:
-            self._compute(x)
+        offsets = self.offsets_for(x)
+        same = x is self.x and offsets is self.offsets and _version(x) == self.version
+        if not same or self.h[position] is None:
+            self._compute(x, offsets)
         h = self.h[position]
         self.h[position] = None
         self.waiting -= 1
         if not self.waiting:
-            self.x = None
+            self.x = self.offsets = None
         return h
 
-    def _compute(self, x: Tensor) -> None:
+    def _compute(self, x: Tensor, offsets: Tensor) -> None:
         v_a, _ = self.casts[x.dtype]
-        h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, self.offsets_for(x))
+        h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, offsets)
         self.h = list(h.split(self.ranks_b, 1))
-        self.x, self.version, self.waiting = x, _version(x), len(self.h)
+        self.x, self.offsets, self.version, self.waiting = x, offsets, _version(x), len(self.h)
 
 
 def _version(x: Tensor) -> int | None:

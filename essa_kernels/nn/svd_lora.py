@@ -79,7 +79,7 @@ class SVDLoRA:
         picked, start = [], 0
         for size in self._factor_sizes:
             # The product may fall a hair above the whole number it stands for.
-            picked += range(start, start + math.ceil(alpha * size - 1e-9))
+            picked += range(start, start + max(1, math.ceil(alpha * size - 1e-9)))
             start += size
         return torch.tensor(picked)
 
@@ -144,7 +144,7 @@ class SVDLoRA:
     def save_adapter(self, values: Tensor, output_dir: str | Path) -> None:
         """Write one member as an ordinary PEFT adapter folder: adapter_model.safetensors and adapter_config.json.
 
-        The folder appears whole or not at all; an adapter folder already there is replaced.
+        A new folder appears whole or not at all; in one that is there the adapter's files are replaced one by one.
 
         Args:
             values: [size].
@@ -152,7 +152,7 @@ class SVDLoRA:
 
         Raises:
             ValueError: values are of another shape or not finite.
-            FileExistsError: output_dir is a file, or a folder that holds something else.
+            FileExistsError: output_dir is a file.
         """
         write_adapter_folder(self._model, self._adapter_name, self.state(values), Path(output_dir))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, NoiseKey, check_integer
@@ -117,6 +118,7 @@ def _register(op: str):
         implementation = dispatch.resolve(op, out.device, backend)
         if out.numel():
             implementation(out.view(_matrix(out.shape)), seed % 2**64, generation, site, member)
+            increment_version(out)
 
     def fake(out, seed, generation, site, member, backend=None) -> None:
         return None

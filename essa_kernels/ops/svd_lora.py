@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from .registration import DTYPES, check_contiguous, check_floating, check_matrix, check_no_grad, check_tensors, register
@@ -90,7 +91,7 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
 
     Args:
         y: [..., d_out], float32, bfloat16 or float16, as in `svd_lora`.
-        h: [rows, r_b], float32, from `svd_lora_shrink`, or a range of its columns.
+        h: [rows, r_b], float32, from `svd_lora_shrink`, or a range of its columns. It must not share memory with y.
         u_b: [d_out, r_b], y's dtype; either dimension may be the contiguous one.
         backend: as in `svd_lora`.
 
@@ -163,7 +164,7 @@ def _expand_with_h_fits(y: Tensor, h: Tensor, u_b: Tensor) -> bool:
         and y.dtype in DTYPES
         and h.dtype is torch.float32
         and h.device == y.device
-        and h.stride(1) == 1
+        and (h.stride(1) == 1 or h.shape[1] == 1)
     )
 
 
@@ -214,7 +215,7 @@ def _check_expand(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None)
         ("h", h, torch.float32, "rows, r_b", (y.numel() // d_out, r_b)),
     )
     _check_layout(op, u_b)
-    if h.stride(1) != 1:
+    if h.stride(1) != 1 and h.shape[1] > 1:
         raise ValueError(f"{op}: h must be rows of adjacent elements, got strides {list(h.stride())}")
 
 
@@ -276,6 +277,7 @@ def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
     _check_offsets("svd_lora", offsets, x.shape[0])
     if x.shape[0]:
         implementation(y, x, v_a, core, u_b, s_a, s_b, offsets)
+        increment_version(y)
 
 
 def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
@@ -306,6 +308,7 @@ def _run_expand(y, h, u_b, backend=None) -> None:
     y = _rows_of_y("svd_lora_expand_", y)
     if y.shape[0]:
         implementation(y, h, u_b)
+        increment_version(y)
 
 
 _SHRINK_ARGUMENTS = "Tensor x, Tensor v_a, Tensor core, Tensor s_a, Tensor s_b, Tensor offsets, str? backend=None"

@@ -246,8 +246,27 @@ def test_a_batch_that_nobody_owns_is_refused():
         with pytest.raises(RuntimeError, match="assign"):
             model(IDS)
         population.assign(torch.tensor([0, 1, 3]))
-        with pytest.raises(ValueError, match="end with 3 sequences, the batch has 8 tokens"):
+        with pytest.raises(ValueError, match="end with 3 sequences, the batch has 2 sequences"):
             model(IDS)
+        population.assign(torch.tensor([0, 1, 1]))  # divides the batch's tokens, and is still not its rows
+        with pytest.raises(ValueError, match="end with 1 sequences, the batch has 2 sequences"):
+            model(IDS)
+
+
+def test_projections_of_one_tensor_follow_a_new_assignment():
+    model = build("llama")
+    space = SVDLoRA.from_peft(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(2, 3, attention.q_proj.in_features)
+    with torch.no_grad(), space.attach(perturbed(space, 2)) as population:
+        population.assign(torch.tensor([0, 0, 2]))
+        expected = attention.k_proj(x)
+        attention.q_proj(x)  # leaves what k_proj would take, for an assignment that then changes
+        population.assign(torch.tensor([0, 2, 2]))
+        other = attention.k_proj(x)
+        population.assign(torch.tensor([0, 0, 2]))
+        assert not torch.equal(other, expected)
+        assert torch.equal(attention.k_proj(x), expected)
 
 
 def test_there_is_no_backward():

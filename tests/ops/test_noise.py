@@ -384,7 +384,7 @@ def test_an_explicit_backend_never_falls_back(monkeypatch):
     try:
         with pytest.raises(RuntimeError, match="gaussian: backend 'cpu' is not available: it was not built"):
             gaussian(3, KEY, backend="cpu")
-        with pytest.warns(UserWarning, match="plain torch, slowly: it was not built"):
+        with pytest.warns(UserWarning, match="gaussian with plain torch on cpu, slowly. cpu: it was not built"):
             assert torch.equal(gaussian(3, KEY), gaussian(3, KEY, backend="reference"))
     finally:
         dispatch.resolve.cache_clear()

@@ -467,3 +467,12 @@ def test_no_tensor_is_refused(seed):
     operands = random_operands([2, 3], 9, 7, 4, 3)
     with pytest.raises(RuntimeError, match=r"Expected a value of type 'Tensor' for argument 'v_a'"):
         svd_lora(*operands.replace(v_a=[1.0]))
+
+
+def test_autograd_notices_that_y_has_changed():
+    weight, y = torch.ones(3, 5, requires_grad=True), torch.ones(3, 5)
+    loss = (weight * y).sum()
+    with torch.no_grad():
+        svd_lora_expand_(y, torch.ones(3, 2), torch.ones(5, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
