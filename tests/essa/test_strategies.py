@@ -192,7 +192,7 @@ def test_within_prompt():
         ("es-per-completion", {"population_size": 12}, "needs a multiple of 8"),
         ("zo-grpo", {"population_size": 14}, "needs a multiple of the 4 prompts"),
         ("zo-grpo", {"population_size": 4}, "at least two draws"),
-        ("zo-grpo", {"temperature": 0}, "temperature: got 0"),
+        ("zo-grpo", {"temperature": 0}, "temperature must be above 0"),
     ],
 )
 def test_refuses(name, changes, message):

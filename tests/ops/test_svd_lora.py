@@ -471,7 +471,8 @@ def test_no_tensor_is_refused(seed):
 
 def test_autograd_notices_that_y_has_changed():
     weight, y = torch.ones(3, 5, requires_grad=True), torch.ones(3, 5)
-    loss = (weight * y).sum()
+    with torch.enable_grad():
+        loss = (weight * y).sum()
     with torch.no_grad():
         svd_lora_expand_(y, torch.ones(3, 2), torch.ones(5, 2))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

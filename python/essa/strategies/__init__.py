@@ -64,7 +64,7 @@ def make_strategy(
             raise ValueError(f"{argument}: got {value}, must be at least {least}")
     name = name or default_strategy(population_size, prompts_per_generation, temperature)
     if name == "zo-grpo" and temperature == 0:
-        raise ValueError("temperature: got 0, must be above 0 for zo-grpo, which samples")
+        raise ValueError("temperature must be above 0 for strategy 'zo-grpo', which samples; got 0")
     for argument, size in (("sigma", sigma), ("lr", lr)):
         if size is not None and not (math.isfinite(size) and size > 0):
             raise ValueError(f"{argument}: got {size}, must be finite and above 0")
