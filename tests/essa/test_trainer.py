@@ -230,7 +230,7 @@ def test_resume_refuses_a_damaged_or_missing_run(make_trainer):
         ({"prompts_per_generation": 41, "population_size": 82}, "prompts_per_generation must be at most the 40"),
         ({"strategy": "cma-diagnal"}, "did you mean 'cma-diagonal'"),
         ({"strategy": "es-per-completion", "population_size": 6}, "population_size"),
-        ({"strategy": "zo-grpo", "temperature": 0.0}, "temperature: got 0, must be above 0 for zo-grpo"),
+        ({"strategy": "zo-grpo", "temperature": 0.0}, "temperature.*zo-grpo"),
         ({"reward_funcs": "exact-match"}, "did you mean 'exact_match'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
