@@ -18,7 +18,13 @@ from essa.report import Curve, Table, write_report
 from essa.trainer import ADAPTER_FOLDER, ESSATrainer
 
 MAX_NEW_TOKENS = task.ANSWER_LENGTH + 1
-SEARCH: dict[str, Any] = {"population_size": 64, "prompts_per_generation": 8, "generations": 60, "eval_steps": 5}
+SEARCH: dict[str, Any] = {
+    "population_size": 32,
+    "prompts_per_generation": 8,
+    "generations": 45,
+    "eval_steps": 3,
+    "load_best_model_at_end": True,
+}
 CONTROL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Factors on all singular values, of A and of B: the LoRA's delta grows with their square."""
 
@@ -50,6 +56,13 @@ def run_demo(
         from essa.demo.grpo import check_trl, run_grpo
 
         check_trl()
+    args = ESSAConfig(
+        output_dir=str(folder / "essa"),
+        seed=seed,
+        max_new_tokens=MAX_NEW_TOKENS,
+        run_name="ESSA demo",
+        **{**SEARCH, **settings},
+    )
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.jsonl" for name in task.SPLIT_SIZES}
@@ -59,13 +72,6 @@ def run_demo(
     say("Warm start: a LoRA trained on flawed demonstrations of addition ...")
     make_warm_start(warm_start, seed)
 
-    args = ESSAConfig(
-        output_dir=str(folder / "essa"),
-        seed=seed,
-        max_new_tokens=MAX_NEW_TOKENS,
-        run_name="ESSA demo",
-        **{**SEARCH, **settings},
-    )
     trainer = ESSATrainer(
         str(BASE_MODEL),
         "exact_match",

@@ -27,7 +27,7 @@ class Strategy(Protocol):
         assignment: "all" - every member answers every prompt of the generation; "per_prompt" - the members are split
             evenly among the prompts, in order, and each answers only its own.
         temperature: that of the sampling it is made for; 0 is greedy decoding.
-        mean: float64 [dim], the current solution as an offset from the start.
+        mean: float64 [dim], the current solution as an offset from the start; not always where `ask` looks next.
         sigma: the current step size.
     """
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from essa.strategies.adam import Adam
+from essa.strategies.ascent import Ascent
 from essa.strategies.base import Score, check_rewards, standard_normal
 from essa.strategies.shaping import within_prompt
 
 
 class ESPerCompletion:
-    """Each prompt is answered by its own draws, in mirrored pairs: draws 2k and 2k + 1 lie at mean +- sigma * noise.
+    """Each prompt is answered by its own draws, in mirrored pairs: draws 2k and 2k + 1 lie at point +- sigma * noise.
 
     Rewards are compared within each prompt, as GRPO compares completions, and only prompts with mixed outcomes count.
-    Their score-weighted noise estimates the gradient of the expected reward (Salimans et al. 2017), which Adam
-    ascends.
+    Their score-weighted noise estimates the gradient of the expected reward (Salimans et al. 2017), along
+    which Adam moves the point; the mean is the average of the points so far.
 
     Args:
         dim: number of searched coordinates.
@@ -47,19 +47,22 @@ class ESPerCompletion:
             )
         self.population_size = population_size
         self.prompts = prompts_per_generation
-        self.mean = np.zeros(dim)
         self.sigma = sigma
         self._seed = seed
-        self._adam = Adam(dim, lr)
+        self._ascent = Ascent(dim, lr)
         self._generation = 0
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._ascent.average
 
     def ask(self, generation: int) -> np.ndarray:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         noise = self._noise()
-        candidates = np.empty((self.population_size, len(self.mean)))
-        candidates[0::2] = self.mean + self.sigma * noise
-        candidates[1::2] = self.mean - self.sigma * noise
+        candidates = np.empty((self.population_size, noise.shape[1]))
+        candidates[0::2] = self._ascent.point + self.sigma * noise
+        candidates[1::2] = self._ascent.point - self.sigma * noise
         return candidates.astype(np.float32)
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
@@ -70,8 +73,9 @@ class ESPerCompletion:
         counted = np.count_nonzero(scores)
         if counted:
             pairs = scores[0::2] - scores[1::2]
-            self.mean = self.mean + self._adam(pairs @ self._noise() / (counted * self.sigma))
+            self._ascent.step(pairs @ self._noise() / (counted * self.sigma))
+        self._ascent.end_generation(generation)
         self._generation += 1
 
     def _noise(self) -> np.ndarray:
-        return standard_normal((self.population_size // 2, len(self.mean)), self._seed, self._generation)
+        return standard_normal((self.population_size // 2, len(self._ascent.point)), self._seed, self._generation)

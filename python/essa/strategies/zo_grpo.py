@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from essa.strategies.adam import Adam
+from essa.strategies.ascent import Ascent
 from essa.strategies.base import Score, check_rewards, standard_normal
 from essa.strategies.shaping import within_prompt
 
@@ -14,15 +14,15 @@ CLIP = 0.2
 
 
 class ZOGRPO:
-    """Completions are sampled from the mean; perturbations only ask how likely those completions would become.
+    """Completions are sampled from one point; perturbations only ask how likely those completions would become.
 
     A reward tells one perturbation little. So rewards are collected as in GRPO (Shao et al. 2024), by sampling, and
     compared within each prompt. The slope of the resulting objective, the mean of advantage x likelihood ratio, is then
     a matter of log-probabilities, which every forward pass over the given completions yields: each completion is scored
-    at the mean and at perturbations of its own, and the differences estimate the gradient (Spall 1992).
-    Adam takes `STEPS` steps on one generation's completions, with fresh perturbations each; a
-    completion whose ratio (per token, as in GSPO, Zheng et al. 2025) has left 1 +- `CLIP` in the wanted direction no
-    longer counts.
+    at the point and at perturbations of its own, and the differences estimate the gradient (Spall 1992). Adam takes
+    `STEPS` steps on one generation's completions, with fresh perturbations each; a completion whose ratio (per token,
+    as in GSPO, Zheng et al. 2025) has left 1 +- `CLIP` in the wanted direction no longer counts. The mean is the average
+    of the points so far.
 
     Args:
         dim: number of searched coordinates.
@@ -54,16 +54,19 @@ class ZOGRPO:
             )
         self.population_size = population_size
         self.prompts = prompts_per_generation
-        self.mean = np.zeros(dim)
         self.sigma = sigma
         self._seed = seed
-        self._adam = Adam(dim, lr)
+        self._ascent = Ascent(dim, lr)
         self._generation = 0
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._ascent.average
 
     def ask(self, generation: int) -> np.ndarray:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
-        return np.repeat(self.mean[None].astype(np.float32), self.population_size, axis=0)
+        return np.repeat(self._ascent.point[None].astype(np.float32), self.population_size, axis=0)
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         if generation != self._generation:
@@ -78,20 +81,21 @@ class ZOGRPO:
                 sampled_at = here if sampled_at is None else sampled_at
                 weights = clipped(advantages[members], np.exp(here - sampled_at)) / self.population_size
                 slopes = weights[:, None] * (there - here[:, None]) / self.sigma
-                self.mean = self.mean + self._adam(np.einsum("rk,rkd->d", slopes, noise) / slopes.shape[1])
+                self._ascent.step(np.einsum("rk,rkd->d", slopes, noise) / slopes.shape[1])
+        self._ascent.end_generation(generation)
         self._generation += 1
 
     def _look_around(self, members: np.ndarray, score: Score, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each completion's directions [rows, directions, dim], its score at the mean [rows] and along them.
+        """Each completion's directions [rows, directions, dim], its score at the point [rows] and along them.
 
         The fewer completions count, the more directions each gets, lest the estimate get noisier as the model gets
         better.
         """
-        rows, dim = len(members), len(self.mean)
+        rows, dim = len(members), len(self._ascent.point)
         directions = DIRECTIONS * self.population_size // rows
         noise = standard_normal((rows * directions, dim), self._seed, self._generation, draw=step)
         noise = noise.reshape(rows, directions, dim)
-        points = np.concatenate([np.zeros((rows, 1, dim)), noise], axis=1) * self.sigma + self.mean
+        points = np.concatenate([np.zeros((rows, 1, dim)), noise], axis=1) * self.sigma + self._ascent.point
         owners = np.repeat(members, 1 + directions)
         scores = score(owners, points.reshape(-1, dim).astype(np.float32)).reshape(rows, 1 + directions)
         return noise, scores[:, 0], scores[:, 1:]
