@@ -11,14 +11,16 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """Drawing takes longer than the searches of these tests; those that need the report ask for `pictures`."""
+    """Drawing takes longer than the searches of these tests; those that look at the drawing ask for `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("essa.report.write_report", lambda directory: None)
+        monkeypatch.setattr(
+            "essa.report._draw", lambda curves: (b"\x89PNG", f"<svg>{[curve.name for curve in curves]}</svg>")
+        )
 
 
 @pytest.fixture
 def pictures():
-    """Let trainers write their reports."""
+    """Let reports draw their curves."""
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_resume_refuses_other_settings_data_rewards_and_models(make_trainer, pro
     make_trainer(generations=1, sigma=0.3).train()
     train, evaluation = problems
     for change, message in (
-        ({"sigma": 0.7}, "settings sigma was 0.05, now 0.7"),
+        ({"sigma": 0.7}, "settings sigma was 0.3, now 0.7"),
         ({"seed": 5}, "settings seed was 0, now 5"),
         ({"train_dataset": train[::-1]}, "dataset sha256 was"),
         ({"eval_dataset": evaluation[:5]}, "eval_dataset rows was 30, now 5"),
