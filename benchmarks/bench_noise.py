@@ -10,7 +10,7 @@ from essa_kernels import NoiseKey, gaussian, rademacher
 from .compare import compare, timed
 
 KEY = NoiseKey(seed=1)
-SIZES = (1 << 16, 1 << 22)
+SIZES = (1 << 16, 1 << 20, 1 << 22)
 
 
 @pytest.mark.parametrize("size", SIZES)
