@@ -25,6 +25,9 @@ OPS = {
     "svd_lora_expand_": ("svd_lora", "svd_lora_expand_"),
 }
 
+# Ops that Triton serves on GPUs, without a CUDA kernel.
+WITHOUT_CUDA: frozenset[str] = frozenset()
+
 # backend -> where its functions live
 MODULES = {
     "cpu": "essa_kernels.native",
@@ -68,10 +71,12 @@ def build_info() -> dict[str, Any]:
     return importlib.import_module("essa_kernels._C").build_info()
 
 
-def unavailable(backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot take tensors on ``device_type`` in this process, or None if it can."""
+def unavailable(backend: str, device_type: str, op: str | None = None) -> str | None:
+    """Why ``backend`` cannot take tensors on ``device_type`` in this process, those of ``op``, or None if it can."""
     reason = None
-    if backend == "triton":
+    if backend == "cuda" and op in WITHOUT_CUDA:
+        reason = f"{op} has no CUDA kernel, Triton's serves GPUs"
+    elif backend == "triton":
         reason = _triton_unavailable(device_type)
     elif backend != "reference":
         reason = _native_unavailable(backend, device_type)
@@ -117,7 +122,7 @@ def resolve(
         backend = _preferred(op, device.type, beyond_decode)
     elif backend not in MODULES:
         raise ValueError(f"{op}: backend must be one of {', '.join(MODULES)} or None, got {backend!r}")
-    elif reason := unavailable(backend, device.type):
+    elif reason := unavailable(backend, device.type, op):
         raise RuntimeError(f"{op}: backend {backend!r} is not available: {reason}")
     file, function = OPS[op]
     return getattr(importlib.import_module(MODULES[backend].format(file=file)), function)
@@ -134,7 +139,7 @@ def _preferred(op: str, device_type: str, beyond_decode: bool) -> str:
         raise RuntimeError(f"{op}: {compiled_module_error()}")
     reasons = {}
     for backend in preference(device_type, beyond_decode):
-        reasons[backend] = unavailable(backend, device_type)
+        reasons[backend] = unavailable(backend, device_type, op)
         if reasons[backend] is None:
             break
     if backend == "reference":
@@ -163,15 +168,15 @@ def explain(op: str | None = None) -> Explanation:
         lines.append(name)
         for device_type, backends in PREFERENCE.items():
             lines.append(f"  {device_type} tensors:")
-            lines += _explain_backends(device_type, backends)
+            lines += _explain_backends(name, device_type, backends)
             if OPS[name][0] == "svd_lora" and device_type in PREFERENCE_BEYOND_DECODE:
                 lines.append(f"  {device_type} tensors of more than {DECODE_ROWS} rows:")
-                lines += _explain_backends(device_type, PREFERENCE_BEYOND_DECODE[device_type])
+                lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
     return Explanation("\n".join(lines))
 
 
-def _explain_backends(device_type: str, backends: tuple[str, ...]) -> list[str]:
-    reasons = {backend: unavailable(backend, device_type) for backend in backends}
+def _explain_backends(op: str, device_type: str, backends: tuple[str, ...]) -> list[str]:
+    reasons = {backend: unavailable(backend, device_type, op) for backend in backends}
     chosen = next((backend for backend, reason in reasons.items() if reason is None), None)
     return [
         f"    {'*' if backend == chosen else ' '} {backend:<10} {reason or _available(backend)}"
