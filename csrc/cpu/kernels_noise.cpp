@@ -8,12 +8,16 @@ namespace cpu {
 namespace ESSA_ISA {
 namespace {
 
-void gaussian_tile(const Philox& philox, uint32_t first_block, vi flip, float* out) {
+void gaussian_tiles(const Philox& philox, uint32_t block, int64_t tiles, vi flip, float* out) {
+  WordVectors words = Philox::words(philox, block);
+  for (; tiles > 0; --tiles, out += noise::kGaussianTile) {
 #pragma GCC unroll 4
-  for (int lane = 0; lane < noise::kTileBlocks; lane += W) {
-    vf z[4];
-    normals(Philox::words(philox, first_block + lane), flip, z);
-    for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
+    for (int lane = 0; lane < noise::kTileBlocks; lane += W) {
+      vf z[4];
+      block += W;
+      words = normals_and_next(words, flip, z, philox, block);
+      for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
+    }
   }
 }
 
@@ -39,27 +43,24 @@ void rademacher_tile(const Philox& philox, uint32_t first_block, vi one, float* 
   }
 }
 
-// Calls fill(block, destination) for the tiles [first, last); a row's ragged last tile goes through a buffer.
+// Calls fill(block, tiles, destination) for the tiles [first, last), as many of a row at a time as there are; a row's
+// ragged last tile goes through a buffer.
 template <int Tile, class Fill>
-ESSA_INLINE void for_each_tile(const NoiseArgs& args, int64_t first, int64_t last, Fill fill) {
+ESSA_INLINE void for_each_run(const NoiseArgs& args, int64_t first, int64_t last, Fill fill) {
   alignas(64) float buffer[Tile];
-  const int64_t per_row = noise::tiles_per_row(args.cols, Tile);
-  int64_t row = first / per_row, column = (first % per_row) * Tile;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const uint32_t block = (uint32_t)(tile * noise::kTileBlocks);
-    float* out = args.out + row * args.cols + column;
-    const int64_t left = args.cols - column;
-    if (left >= Tile) {
-      fill(block, out);
-    } else {
-      fill(block, buffer);
-      __builtin_memcpy(out, buffer, left * sizeof(float));
+  const int64_t per_row = noise::tiles_per_row(args.cols, Tile), whole = args.cols / Tile;
+  while (first < last) {
+    const int64_t row = first / per_row, column = first % per_row;
+    const int64_t end = last - first < per_row - column ? column + last - first : per_row;
+    const uint32_t block = (uint32_t)(first * noise::kTileBlocks);
+    float* out = args.out + row * args.cols + column * Tile;
+    const int64_t tiles = (end < whole ? end : whole) - column;
+    if (tiles > 0) fill(block, tiles, out);
+    if (end > whole) {
+      fill((uint32_t)((row * per_row + whole) * noise::kTileBlocks), 1, buffer);
+      __builtin_memcpy(args.out + row * args.cols + whole * Tile, buffer, (args.cols - whole * Tile) * sizeof(float));
     }
-    column += Tile;
-    if (column >= args.cols) {
-      column = 0;
-      ++row;
-    }
+    first += end - column;
   }
 }
 
@@ -68,15 +69,18 @@ ESSA_INLINE void for_each_tile(const NoiseArgs& args, int64_t first, int64_t las
 void gaussian(const NoiseArgs& args, int64_t first, int64_t last) {
   const Philox philox(args.key, noise::kGaussian);
   const vi flip = seti(args.negate ? 0x80000000u : 0u);
-  for_each_tile<noise::kGaussianTile>(
-      args, first, last, [&](uint32_t block, float* out) { gaussian_tile(philox, block, flip, out); });
+  for_each_run<noise::kGaussianTile>(args, first, last, [&](uint32_t block, int64_t tiles, float* out) {
+    gaussian_tiles(philox, block, tiles, flip, out);
+  });
 }
 
 void rademacher(const NoiseArgs& args, int64_t first, int64_t last) {
   const Philox philox(args.key, noise::kRademacher);
   const vi one = seti(args.negate ? 0xbf800000u : 0x3f800000u);
-  for_each_tile<noise::kRademacherTile>(
-      args, first, last, [&](uint32_t block, float* out) { rademacher_tile(philox, block, one, out); });
+  for_each_run<noise::kRademacherTile>(args, first, last, [&](uint32_t block, int64_t tiles, float* out) {
+    for (int64_t i = 0; i < tiles; ++i)
+      rademacher_tile(philox, block + (uint32_t)i * noise::kTileBlocks, one, out + i * noise::kRademacherTile);
+  });
 }
 
 }  // namespace ESSA_ISA
