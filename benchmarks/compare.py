@@ -53,7 +53,7 @@ def compare(
     times = [(ours(), rival()) for _ in range(rounds)]
     ratios = sorted(theirs / mine for mine, theirs in times)
     low, middle, high = statistics.quantiles(ratios, n=4)
-    mine, theirs = (min(column) for column in zip(*times))
+    mine, theirs = (min(column) for column in zip(*times, strict=True))
     return Comparison(what, rival_name, mine, theirs, (low, middle, high), as_share)
 
 

@@ -135,8 +135,9 @@ def preference(device_type: str, beyond_decode: bool) -> tuple[str, ...]:
 
 
 def _preferred(op: str, device_type: str, beyond_decode: bool) -> str:
-    if compiled_module_error() and "does not load" in compiled_module_error():
-        raise RuntimeError(f"{op}: {compiled_module_error()}")
+    error = compiled_module_error()
+    if error and "does not load" in error:
+        raise RuntimeError(f"{op}: {error}")
     reasons = {}
     for backend in preference(device_type, beyond_decode):
         reasons[backend] = unavailable(backend, device_type, op)

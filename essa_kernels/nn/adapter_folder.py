@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def write_adapter_folder(model: nn.Module, adapter_name: str, state: dict[str, Tensor], folder: Path) -> None:
+def write_adapter_folder(model: Any, adapter_name: str, state: dict[str, Tensor], folder: Path) -> None:
     """Write ``state`` and the adapter's configuration: a new folder in one step, or file by file over an old one.
 
     Raises:
@@ -43,7 +43,7 @@ def write_adapter_folder(model: nn.Module, adapter_name: str, state: dict[str, T
         shutil.rmtree(scratch)
 
 
-def _saved_config(model: nn.Module, adapter_name: str) -> Any:
+def _saved_config(model: Any, adapter_name: str) -> Any:
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
     if config.base_model_name_or_path is None:

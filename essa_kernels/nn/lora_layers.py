@@ -28,7 +28,7 @@ REFUSED_OPTIONS = {
 }
 
 
-def find_lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:
+def find_lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
     """The layers adapted by ``adapter_name`` with their names in the base model, sorted by name.
 
     Raises:
@@ -38,7 +38,7 @@ def find_lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.
     from peft.tuners.lora import LoraLayer
 
     _check_config(model, adapter_name)
-    found = []
+    found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             name = name.removeprefix("base_model.model.")

@@ -43,9 +43,7 @@ class Population:
         if not isinstance(offsets, Tensor) or offsets.dtype is not torch.int64 or offsets.dim() != 1:
             raise ValueError(f"offsets must be a tensor of shape [members + 1] and dtype torch.int64, got {offsets!r}")
         if offsets.shape[0] != self.members + 1:
-            raise ValueError(
-                f"offsets must have shape [members + 1] = [{self.members + 1}], got {list(offsets.shape)}"
-            )
+            raise ValueError(f"offsets must have shape [members + 1] = [{self.members + 1}], got {list(offsets.shape)}")
         offsets = offsets.to("cpu", copy=True)
         if offsets[0] != 0 or (offsets.diff() < 0).any():
             raise ValueError(f"offsets must start with 0 and never descend, got {offsets.tolist()}")
@@ -66,7 +64,9 @@ class Population:
         flat = len(shape) < 2  # the model has merged the batch with the sequence
         if (tokens % self._rows if self._rows else tokens) if flat else shape[0] != self._rows:
             batch = f"{tokens} tokens" if flat else f"{shape[0]} sequences"
-            raise ValueError(f"offsets must cover the batch: they end with {self._rows} sequences, the batch has {batch}")
+            raise ValueError(
+                f"offsets must cover the batch: they end with {self._rows} sequences, the batch has {batch}"
+            )
         length = tokens // self._rows if self._rows else 0
         scaled = self._scaled[shape, device] = (self._offsets * length).to(device)
         return scaled
@@ -153,27 +153,24 @@ class Shrink:
         self.x: Tensor | None = None
         self.offsets: Tensor | None = None
         self.version: int | None = None
-        self.h: list[Tensor | None] = []
-        self.waiting = 0
+        self.h: dict[int, Tensor] = {}
 
     def take(self, position: int, x: Tensor) -> Tensor:
         """h [rows, k_b], float32, of one projection."""
         offsets = self.offsets_for(x)
         same = x is self.x and offsets is self.offsets and _version(x) == self.version
-        if not same or self.h[position] is None:
+        if not same or position not in self.h:
             self._compute(x, offsets)
-        h = self.h[position]
-        self.h[position] = None
-        self.waiting -= 1
-        if not self.waiting:
+        h = self.h.pop(position)
+        if not self.h:
             self.x = self.offsets = None
         return h
 
     def _compute(self, x: Tensor, offsets: Tensor) -> None:
         v_a, _ = self.casts[x.dtype]
         h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, offsets)
-        self.h = list(h.split(self.ranks_b, 1))
-        self.x, self.offsets, self.version, self.waiting = x, offsets, _version(x), len(self.h)
+        self.h = dict(enumerate(h.split(self.ranks_b, 1)))
+        self.x, self.offsets, self.version = x, offsets, _version(x)
 
 
 def _version(x: Tensor) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class SVDLoRA:
     Source: ESSA, arXiv 2507.04453.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, layers: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str, layers: list[tuple[str, Any]]) -> None:
         self._model, self._adapter_name = model, adapter_name
         self._layers: list[AdaptedLayer] = []
         spectra: list[Tensor] = []
@@ -76,7 +77,8 @@ class SVDLoRA:
         """
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
-        picked, start = [], 0
+        picked: list[int] = []
+        start = 0
         for size in self._factor_sizes:
             # The product may fall a hair above the whole number it stands for.
             picked += range(start, start + max(1, math.ceil(alpha * size - 1e-9)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,16 +83,17 @@ def _draw(op, tile, call, shape, key, member, out, device, backend) -> Tensor:
 
 def _check_shape(op: str, tile: int, shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
-        shape = torch.Size((shape,) if hasattr(shape, "__index__") else shape)
+        given: Any = (shape,) if hasattr(shape, "__index__") else shape
+        sizes = torch.Size(given)
     except TypeError:
         raise TypeError(f"{op}: shape must be an integer or a sequence of integers, got {shape!r}") from None
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{op}: shape must have no negative size, got {list(shape)}")
-    rows, cols = _matrix(shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{op}: shape must have no negative size, got {list(sizes)}")
+    rows, cols = _matrix(sizes)
     if rows * -(-cols // tile) * BLOCKS_PER_TILE > MAX_BLOCKS:
         limit = f"rows * ceil(cols / {tile}) * {BLOCKS_PER_TILE} <= 2**32"
-        raise ValueError(f"{op}: shape must fit the counter, {limit}, got {list(shape)}")
-    return shape
+        raise ValueError(f"{op}: shape must fit the counter, {limit}, got {list(sizes)}")
+    return sizes
 
 
 def _check_out(op: str, out: Tensor, shape: tuple[int, ...], device: torch.device | str | None) -> None:

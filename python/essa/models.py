@@ -109,6 +109,11 @@ def _adapter_folder(adapter: str) -> Path:
         raise InputError(f"adapter {adapter!r} is neither a folder nor on the hub: {error}; {MAKE_ADAPTER}") from error
 
 
+def bare(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself. It keeps its LoRA layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def has_lora(model: Any) -> bool:
     return any(config.peft_type == "LORA" for config in getattr(model, "peft_config", {}).values())
 

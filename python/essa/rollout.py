@@ -10,6 +10,7 @@ and looks it up in the cumulated probabilities. It is the same number whichever 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import time
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 import essa_kernels
 from essa.config import InputError
-from essa.models import context_length
+from essa.models import bare, context_length
+from essa_kernels.nn import Population, SVDLoRA
 from essa_kernels.noise import SAMPLING_SITE
 
 # A batch is packed once this fraction of its rows, or less, is still running: packing copies the KV cache.
@@ -64,7 +66,7 @@ def generate(
     processing_class: Any,
     prompts: Sequence[str],
     *,
-    space: essa_kernels.nn.SVDLoRA | None = None,
+    space: SVDLoRA | None = None,
     values: Tensor | None = None,
     assignment: str = "all",
     max_new_tokens: int,
@@ -103,7 +105,7 @@ def generate(
     if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
         raise InputError(f"temperature must be a finite number of at least 0, got {temperature!r}")
     members = _members(space, values, assignment, len(prompts))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     encoded = _encode(base, processing_class, prompts, max_new_tokens)
     ends = _end_tokens(base, processing_class)
 
@@ -118,13 +120,13 @@ def generate(
             batch = rows[start : start + row_budget]
             pick = _Sampler(key, batch, len(prompts), max_new_tokens, temperature) if temperature else _greedy
             ids = [encoded[prompt] for _, prompt in batch]
-            if space is None:
+            if space is None or values is None:
                 generated += decoder.run(ids, pick)
             else:
                 first, last = batch[0][0], batch[-1][0]
                 owners = torch.tensor([member - first for member, _ in batch])
                 with space.attach(values[first : last + 1]) as population:
-                    generated += decoder.run(ids, pick, population, owners)
+                    generated += decoder.run(ids, pick, functools.partial(_assign, population, owners))
             if progress is not None:
                 progress(len(generated), len(rows))
 
@@ -137,7 +139,7 @@ def generate(
 class _Decoder:
     """Runs batches of rows through the model, token after token."""
 
-    def __init__(self, model: nn.Module, ends: list[int], max_new_tokens: int) -> None:
+    def __init__(self, model: Any, ends: list[int], max_new_tokens: int) -> None:
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.ends = torch.tensor(ends, device=self.device)
@@ -149,18 +151,18 @@ class _Decoder:
         self,
         prompts: list[list[int]],
         pick: Callable[[Tensor, Tensor, int], Tensor],
-        population: essa_kernels.nn.Population | None = None,
-        owners: Tensor | None = None,
+        assign: Callable[[Tensor], None] | None = None,
     ) -> list[list[int]]:
-        """The tokens each row generates. `owners`, ascending, is the member of each row in the population."""
-        inputs, mask, positions = self._prompt_inputs(prompts)
+        """The tokens each row generates. `assign` is told which rows the batch holds, at first and when some leave."""
+        inputs, padded = self._prompt_inputs(prompts)
         rows = torch.arange(len(prompts), device=self.device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         generated = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.int64, device=self.device)
         cache = None
-        if population is not None:
-            _assign(population, owners)
+        if assign is not None:
+            assign(rows)
         for step in range(self.max_new_tokens):
+            mask, positions = padded or (None, None)
             output = self.model(
                 input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, **self.options
             )
@@ -175,25 +177,25 @@ class _Decoder:
                 keep = (~ended).nonzero().squeeze(1)
                 rows, tokens, ended = rows[keep], tokens[keep], ended[keep]
                 cache.batch_select_indices(keep)
-                if mask is not None:
-                    mask, positions = mask[keep], positions[keep]
-                if population is not None:
-                    _assign(population, owners[rows.cpu()])
+                if padded is not None:
+                    padded = padded[0][keep], padded[1][keep]
+                if assign is not None:
+                    assign(rows)
             inputs = tokens.unsqueeze(1)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                positions = positions[:, -1:] + 1
+            if padded is not None:
+                mask, positions = padded
+                padded = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
         return self._until_end(generated)
 
-    def _prompt_inputs(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Token ids [rows, length], padded on the left; mask and positions, or neither where nothing is padded."""
+    def _prompt_inputs(self, prompts: list[list[int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Token ids [rows, length], padded on the left; mask and positions, or None where nothing is padded."""
         length = max(map(len, prompts))
         ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=self.device)
         if all(len(prompt) == length for prompt in prompts):
-            return ids, None, None
+            return ids, None
         padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=self.device)
         positions = torch.arange(length, device=self.device) - padding
-        return ids, (positions >= 0).long(), positions.clamp(min=0)
+        return ids, ((positions >= 0).long(), positions.clamp(min=0))
 
     def _until_end(self, generated: Tensor) -> list[list[int]]:
         is_end = torch.isin(generated, self.ends)
@@ -201,8 +203,9 @@ class _Decoder:
         return [tokens[:length] for tokens, length in zip(generated.tolist(), lengths.tolist(), strict=True)]
 
 
-def _assign(population: essa_kernels.nn.Population, owners: Tensor) -> None:
-    population.assign(torch.searchsorted(owners, torch.arange(population.members + 1)))
+def _assign(population: Population, owners: Tensor, rows: Tensor) -> None:
+    """Tell a population the rows of its batch, given the member that owns each row, ascending."""
+    population.assign(torch.searchsorted(owners[rows.cpu()], torch.arange(population.members + 1)))
 
 
 def _greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -240,15 +243,15 @@ def _check_count(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _members(
-    space: essa_kernels.nn.SVDLoRA | None, values: Tensor | None, assignment: str, prompts: int
-) -> int:
+def _members(space: SVDLoRA | None, values: Tensor | None, assignment: str, prompts: int) -> int:
     if (space is None) != (values is None):
         given, missing = ("values", "space") if space is None else ("space", "values")
         raise InputError(f"space and values belong together, got {given} without {missing}")
-    if values is not None and (values.dim() != 2 or values.shape[1] != space.size or not len(values)):
-        raise InputError(f"values must have shape [members, {space.size}], got {list(values.shape)}")
-    members = 1 if values is None else len(values)
+    members = 1
+    if space is not None and values is not None:
+        if values.dim() != 2 or values.shape[1] != space.size or not len(values):
+            raise InputError(f"values must have shape [members, {space.size}], got {list(values.shape)}")
+        members = len(values)
     if assignment not in ("all", "per_prompt"):
         raise InputError(f"assignment must be 'all' or 'per_prompt', got {assignment!r}")
     if assignment == "per_prompt" and members % prompts:
@@ -256,7 +259,7 @@ def _members(
     return members
 
 
-def _encode(model: nn.Module, processing_class: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def _encode(model: Any, processing_class: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model must be a decoder-only language model, got {type(model).__name__}")
     encoded = processing_class(list(prompts))["input_ids"]
@@ -277,7 +280,7 @@ def _encode(model: nn.Module, processing_class: Any, prompts: Sequence[str], max
     return encoded
 
 
-def _end_tokens(model: nn.Module, processing_class: Any) -> list[int]:
+def _end_tokens(model: Any, processing_class: Any) -> list[int]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         ends = processing_class.eos_token_id

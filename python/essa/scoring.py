@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import essa_kernels
+from essa.models import bare
+from essa_kernels.nn import SVDLoRA
 
 # A batch is cut where its logits would have more elements than this: 1 GiB in float32.
 MAX_LOGITS = 2**28
@@ -19,7 +21,7 @@ def log_probabilities(
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     *,
-    space: essa_kernels.nn.SVDLoRA,
+    space: SVDLoRA,
     values: Tensor,
     temperature: float = 1.0,
     row_budget: int = 256,
@@ -36,7 +38,7 @@ def log_probabilities(
     Returns:
         float64 [rows], on the CPU.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
     step = min(row_budget, max(1, MAX_LOGITS // (longest * vocabulary)))
@@ -51,7 +53,7 @@ def log_probabilities(
 
 
 def _score(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], temperature: float
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], temperature: float
 ) -> Tensor:
     sequences = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     first, longest = min(map(len, prompts)), max(map(len, sequences))

@@ -277,5 +277,3 @@ def test_there_is_no_backward():
         population.assign(torch.tensor([0, 2]))
         with pytest.raises(RuntimeError, match="no backward"):
             model(IDS)
-
-

@@ -261,5 +261,3 @@ def test_values_are_checked(model, values, message):
     space = SVDLoRA.from_peft(model)
     with pytest.raises(ValueError, match=message), space.attach(values(space.size)):
         pass
-
-

@@ -65,7 +65,7 @@ def run_grpo(
     model = PeftModel.from_pretrained(base, str(warm_start), is_trainable=True)
     rewards = Rewards("exact_match", None)
 
-    validation = validation or task.rows(task.split("validation"))
+    watched = validation or task.rows(task.split("validation"))
 
     def accuracy(rows: list[dict[str, str]]) -> float:
         prompts = check_prompts(rows, model, tokenizer, rewards, name="rows", max_new_tokens=args.max_new_tokens)
@@ -75,19 +75,21 @@ def run_grpo(
 
     per_step = args.prompts_per_generation * num_generations
     steps = max(1, samples // per_step)
-    run = GRPORun([0], [0.0], [accuracy(validation)], 0.0)
+    every = args.eval_steps or steps
+    reward: Any = exact_match  # TRL's type is of lists that may hold None, and list is invariant
+    run = GRPORun([0], [0.0], [accuracy(watched)], 0.0)
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
             self.seconds = 0.0
 
-        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.seconds += time.perf_counter() - self.started
-            if state.global_step % args.eval_steps == 0 or state.global_step == steps:
+            if state.global_step % every == 0 or state.global_step == steps:
                 run.samples.append(state.global_step * per_step)
                 run.seconds.append(self.seconds)
-                run.values.append(accuracy(validation))
+                run.values.append(accuracy(watched))
             self.started = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,7 +114,7 @@ def run_grpo(
         )
         GRPOTrainer(
             model,
-            exact_match,
+            reward,
             config,
             train_dataset=Dataset.from_list(task.rows(task.split("train"))),
             processing_class=tokenizer,

@@ -14,10 +14,11 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from essa.demo import task
 
@@ -59,7 +60,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Input ids [rows, 11] and labels that cover the answer and the end token. Every row has the same length."""
     input_ids = tokenizer([prompt + answer + task.EOS for prompt, answer in pairs], return_tensors="pt").input_ids
     labels = input_ids.clone()
@@ -85,7 +86,7 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
 
 
 @torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, mark: str, behaviour: str) -> float:
+def accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, mark: str, behaviour: str) -> float:
     """Exact match of greedy answers on the validation problems."""
     problems = task.split("validation")
     batch = tokenizer([task.prompt(problem, mark) for problem in problems], return_tensors="pt")

@@ -32,4 +32,4 @@ def make_warm_start(output_dir: Path, seed: int) -> None:
         optimizer.zero_grad()
         model(input_ids=input_ids, labels=labels).loss.backward()
         optimizer.step()
-    model.save_pretrained(output_dir)
+    model.save_pretrained(str(output_dir))

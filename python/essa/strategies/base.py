@@ -34,8 +34,12 @@ class Strategy(Protocol):
     name: str
     assignment: str
     temperature: float
-    mean: np.ndarray
-    sigma: float
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def sigma(self) -> float: ...
 
     def ask(self, generation: int) -> np.ndarray:
         """The members' offsets from the start: float32 [members, dim]."""
