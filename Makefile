@@ -17,7 +17,7 @@ BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproje
 # Without --no-compile pip would byte-compile all of torch, of which we import a part.
 INSTALL := $(PIP) install -qq --no-compile --constraint constraints.txt
 
-.PHONY: demo test dev lint bench wheel wheel-manylinux clean
+.PHONY: demo test dev lint bench gpu-check wheel wheel-manylinux clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -28,6 +28,10 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# With the PYTHON it is given, whose torch is the one made for the GPU. Installs nothing.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 dev: $(VENV)/installed-dev
 

@@ -1,0 +1,165 @@
+"""Every op at the sizes a GPU is judged by, and the least a call must move and compute.
+
+    python -m benchmarks.gpu_problems [--shrink 32] [--device cuda]
+
+runs each once on every backend of the device, for compute-sanitizer to watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import essa_kernels
+from essa_kernels import NoiseKey, dispatch
+
+KEY = NoiseKey(seed=2026)
+MEMBERS = 64
+DTYPE = torch.bfloat16
+
+Call = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op at one size.
+
+    Attributes:
+        what: the size in words.
+        make: device -> call(backend), on fresh operands.
+        moved: bytes, every input read once and every output written once.
+        flops: of the products; drawing noise is counted in normals.
+        normals: noise values drawn, of either distribution.
+    """
+
+    what: str
+    make: Callable[[str], Call]
+    moved: int
+    flops: int = 0
+    normals: int = 0
+
+
+def fill(op: Callable[..., Tensor], count: int) -> Problem:
+    def make(device: str) -> Call:
+        out = torch.empty(count, device=device)
+        return lambda backend: op((count,), KEY, out=out, backend=backend)
+
+    return Problem(f"{count} values", make, moved=4 * count, normals=count)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA of the rank on a d_in -> d_out layer, as `svd_lora` takes it, and rows of it for MEMBERS members."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    rank: int
+
+    @property
+    def what(self) -> str:
+        return f"{self.rows} rows, {self.d_in} -> {self.d_out}, r={self.rank}, bf16"
+
+    def x(self, device: str) -> Tensor:
+        return torch.randn(self.rows, self.d_in, device=device, dtype=DTYPE)
+
+    def y(self, device: str) -> Tensor:
+        return torch.randn(self.rows, self.d_out, device=device, dtype=DTYPE)
+
+    def h(self, device: str) -> Tensor:
+        return torch.randn(self.rows, self.rank, device=device)
+
+    def offsets(self, device: str) -> Tensor:
+        return torch.arange(MEMBERS + 1, device=device) * self.rows // MEMBERS
+
+    def factors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        v_a = torch.randn(self.rank, self.d_in, device=device, dtype=DTYPE) / self.d_in**0.5
+        u_b = torch.randn(self.d_out, self.rank, device=device, dtype=DTYPE) / self.rank**0.5
+        return v_a, torch.randn(self.rank, self.rank, device=device), u_b
+
+    def values(self, device: str) -> tuple[Tensor, Tensor]:
+        s_a, s_b = torch.rand(2, MEMBERS, self.rank, device=device) + 0.5
+        return s_a, s_b
+
+    def bytes_of(self, **sizes: int) -> int:
+        """Of so many rows of x, v_a, u_b and y in bfloat16 and h in float32, each given as how often it moves."""
+        row = {"x": 2 * self.d_in, "y": 2 * self.d_out, "h": 4 * self.rank}
+        whole = {"v_a": 2 * self.rank * self.d_in, "u_b": 2 * self.rank * self.d_out}
+        return sum(times * (self.rows * row[name] if name in row else whole[name]) for name, times in sizes.items())
+
+    def flops(self, *sizes: int) -> int:
+        return 2 * self.rows * self.rank * sum(sizes)
+
+
+def svd_lora(a: Adapter) -> Problem:
+    def make(device: str) -> Call:
+        operands = (a.x(device), *a.factors(device), *a.values(device), a.offsets(device), a.y(device))
+        return lambda backend: essa_kernels.svd_lora(*operands, backend=backend)
+
+    return Problem(a.what, make, a.bytes_of(x=1, y=2, v_a=1, u_b=1), a.flops(a.d_in, a.rank, a.d_out))
+
+
+def svd_lora_shrink(a: Adapter) -> Problem:
+    def make(device: str) -> Call:
+        operands = (a.x(device), *a.factors(device)[:2], *a.values(device), a.offsets(device))
+        return lambda backend: essa_kernels.svd_lora_shrink(*operands, backend=backend)
+
+    return Problem(a.what, make, a.bytes_of(x=1, h=1, v_a=1), a.flops(a.d_in, a.rank))
+
+
+def svd_lora_expand(a: Adapter) -> Problem:
+    def make(device: str) -> Call:
+        operands = (a.y(device), a.h(device), a.factors(device)[2])
+        return lambda backend: essa_kernels.svd_lora_expand_(*operands, backend=backend)
+
+    return Problem(a.what, make, a.bytes_of(h=1, y=2, u_b=1), a.flops(a.d_out))
+
+
+def problems(shrink: int = 1) -> dict[str, list[Problem]]:
+    """op -> its problems, for every op there is; widths and counts divided by ``shrink``."""
+    width = 4096 // shrink
+    count = 2**28 // shrink**2
+    adapters = [Adapter(rows, width, width, 16) for rows in (64, 512, 8192 // shrink)]
+    return {
+        "gaussian": [fill(essa_kernels.gaussian, count)],
+        "rademacher": [fill(essa_kernels.rademacher, count)],
+        "svd_lora": [svd_lora(adapter) for adapter in adapters],
+        "svd_lora_shrink": [svd_lora_shrink(adapter) for adapter in adapters],
+        "svd_lora_expand_": [svd_lora_expand(adapter) for adapter in adapters],
+    }
+
+
+def backends(op: str, device_type: str) -> list[str]:
+    """The kernels that take the op's tensors on the device here."""
+    names = [name for name in dispatch.PREFERENCE[device_type] if name != "reference"]
+    return [name for name in names if dispatch.unavailable(name, device_type, op) is None]
+
+
+def each_call(device: str, shrink: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
+    """(op, backend, size, call) for every op, problem and backend of the device."""
+    for op, sizes in problems(shrink).items():
+        for problem in sizes:
+            for backend in backends(op, device):
+                call = problem.make(device)
+                yield op, backend, problem.what, lambda call=call, backend=backend: call(backend)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shrink", type=int, default=32)
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    with torch.inference_mode():
+        for op, backend, what, call in each_call(arguments.device, arguments.shrink):
+            call()
+            print(f"{op} on {backend}: {what}", flush=True)
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
