@@ -11,6 +11,8 @@ import importlib.metadata as _metadata
 from .dispatch import explain
 from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
+from .ops.lora_perturbed import lora_perturbed
+from .ops.lowrank import lowrank_perturbed, lowrank_update_
 from .ops.noise import gaussian, rademacher
 from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_shrink
 
@@ -25,6 +27,9 @@ __all__ = [
     "env_report",
     "explain",
     "gaussian",
+    "lora_perturbed",
+    "lowrank_perturbed",
+    "lowrank_update_",
     "rademacher",
     "svd_lora",
     "svd_lora_expand_",

@@ -23,10 +23,13 @@ OPS = {
     "svd_lora": ("svd_lora", "svd_lora_"),
     "svd_lora_shrink": ("svd_lora", "svd_lora_shrink"),
     "svd_lora_expand_": ("svd_lora", "svd_lora_expand_"),
+    "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
+    "lowrank_perturbed": ("lowrank", "lowrank_perturbed_"),
+    "lowrank_update_": ("lowrank", "lowrank_update_"),
 }
 
 # Ops that Triton serves on GPUs, without a CUDA kernel.
-WITHOUT_CUDA: frozenset[str] = frozenset()
+WITHOUT_CUDA = frozenset({"lowrank_perturbed", "lowrank_update_"})
 
 # backend -> where its functions live
 MODULES = {

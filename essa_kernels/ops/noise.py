@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import dispatch
-from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, NoiseKey, check_integer
-from .registration import check_no_grad, register
-
-MAX_BLOCKS = 2**32
+from ..noise import MEMBER_END, NoiseKey, check_integer
+from .registration import check_counter, check_key, check_no_grad, register
 
 
 def gaussian(
@@ -48,7 +46,7 @@ def gaussian(
     Source: Box and Muller, "A note on the generation of random normal deviates", 1958, on Philox4x32-10 (Salmon et
     al., SC 2011).
     """
-    return _draw("gaussian", GAUSSIAN_TILE, _gaussian_op, shape, key, member, out, device, backend)
+    return _draw("gaussian", _gaussian_op, shape, key, member, out, device, backend)
 
 
 def rademacher(
@@ -64,24 +62,22 @@ def rademacher(
 
     Arguments, result and errors are those of `gaussian`, but for the limit of ``rows * ceil(cols / 2048) * 16`` blocks.
     """
-    return _draw("rademacher", RADEMACHER_TILE, _rademacher_op, shape, key, member, out, device, backend)
+    return _draw("rademacher", _rademacher_op, shape, key, member, out, device, backend)
 
 
-def _draw(op, tile, call, shape, key, member, out, device, backend) -> Tensor:
-    shape = _check_shape(op, tile, shape)
-    if not isinstance(key, NoiseKey):
-        raise TypeError(f"{op}: key must be a NoiseKey, got {key!r}")
+def _draw(op, call, shape, key, member, out, device, backend) -> Tensor:
+    shape = _check_shape(op, shape)
+    seed, generation, site = check_key(op, key)
     member = check_integer(f"{op}: member", member, MEMBER_END)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=device)
     else:
         _check_out(op, out, shape, device)
-    signed_seed = key.seed - 2**64 if key.seed >= 2**63 else key.seed  # an op's integers are int64
-    call(out, signed_seed, key.generation, key.site, member, backend)
+    call(out, seed, generation, site, member, backend)
     return out
 
 
-def _check_shape(op: str, tile: int, shape: int | Sequence[int]) -> tuple[int, ...]:
+def _check_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
         given: Any = (shape,) if hasattr(shape, "__index__") else shape
         sizes = torch.Size(given)
@@ -89,10 +85,7 @@ def _check_shape(op: str, tile: int, shape: int | Sequence[int]) -> tuple[int, .
         raise TypeError(f"{op}: shape must be an integer or a sequence of integers, got {shape!r}") from None
     if any(size < 0 for size in sizes):
         raise ValueError(f"{op}: shape must have no negative size, got {list(sizes)}")
-    rows, cols = _matrix(sizes)
-    if rows * -(-cols // tile) * BLOCKS_PER_TILE > MAX_BLOCKS:
-        limit = f"rows * ceil(cols / {tile}) * {BLOCKS_PER_TILE} <= 2**32"
-        raise ValueError(f"{op}: shape must fit the counter, {limit}, got {list(sizes)}")
+    check_counter(op, "shape", sizes, *_matrix(sizes), op)
     return sizes
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
 
+from .. import dispatch
+from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, NoiseKey
+
 LIBRARY = torch.library.Library("essa", "DEF")  # a tenth of custom_op's cost per call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILES = {"gaussian": GAUSSIAN_TILE, "rademacher": RADEMACHER_TILE}
+MAX_BLOCKS = 2**32
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 Expected = tuple[str, Tensor, torch.dtype, str, tuple[int, ...]]
 """One argument and what it must be: name, tensor, dtype, the names of its dimensions, shape."""
@@ -73,3 +80,122 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def check_offsets(op: str, offsets: Tensor, rows: int) -> None:
+    """Raise unless offsets cover the rows. Only on the CPU: to look at a GPU's memory is to wait for it."""
+    if not offsets.is_cpu:
+        return
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != rows:
+        got = f"{values[0]} and {values[-1]}"
+        raise ValueError(f"{op}: offsets must start with 0 and end with the number of rows, {rows}, got {got}")
+    if values != sorted(values):
+        m = next(m for m in range(len(values) - 1) if values[m] > values[m + 1])
+        raise ValueError(f"{op}: offsets must not descend, got {values[m]}, {values[m + 1]} at member {m}")
+
+
+def rows_of_x(x: Tensor) -> Tensor:
+    """x as [rows, d], a row's elements adjacent."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
+
+
+def rows_of_y(op: str, y: Tensor) -> Tensor:
+    """y as a view [rows, d] whose rows do not overlap and have adjacent elements."""
+    if y.is_contiguous():
+        return y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    try:
+        rows = y.view(-1, y.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
+        raise ValueError(f"{op}: y must be rows of adjacent elements at one stride, got strides {list(y.stride())}")
+    return rows
+
+
+def beyond_decode(rows: Tensor) -> bool:
+    """Whether x or y has more rows than the kernels for decoding are made for."""
+    return rows.numel() > dispatch.DECODE_ROWS * rows.shape[-1] if rows.dim() else False
+
+
+def check_members(op: str, members: Tensor) -> None:
+    """Raise unless the members are distinct and in range. Only on the CPU, like `check_offsets`."""
+    if not members.is_cpu:
+        return
+    values = members.tolist()
+    if values and not 0 <= min(values) <= max(values) < MEMBER_END:
+        wrong = next(m for m in values if not 0 <= m < MEMBER_END)
+        raise ValueError(f"{op}: members must be in 0 .. 2**33 - 1, got {wrong}")
+    if len(set(values)) < len(values):
+        twice = next(m for i, m in enumerate(values) if m in values[:i])
+        raise ValueError(f"{op}: members must be distinct, got {twice} twice")
+
+
+def check_key(op: str, key: NoiseKey, *, two_factors: bool = False) -> tuple[int, int, int]:
+    """Seed, generation and site as an op takes them; its integers are int64."""
+    if not isinstance(key, NoiseKey):
+        raise TypeError(f"{op}: key must be a NoiseKey, got {key!r}")
+    if two_factors and key.site % 2:
+        raise ValueError(f"{op}: key.site must be even, the second factor draws from the next, got {key.site}")
+    return key.seed - 2**64 if key.seed >= 2**63 else key.seed, key.generation, key.site
+
+
+def check_distribution(op: str, distribution: str) -> str:
+    """Raise unless it is the name of a distribution."""
+    if distribution not in TILES:
+        raise ValueError(f"{op}: distribution must be gaussian or rademacher, got {distribution!r}")
+    return distribution
+
+
+def check_real(op: str, name: str, value: float) -> float:
+    """Raise unless it is a number that float32 holds."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {value!r}")
+    return value
+
+
+def check_size(op: str, name: str, value: int) -> int:
+    """Raise unless it is an integer >= 1."""
+    try:
+        value = index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be >= 1, got {value}")
+    return value
+
+
+def check_counter(op: str, name: str, shape: Sequence[int], rows: int, cols: int, distribution: str) -> None:
+    """Raise unless a noise matrix of so many rows and columns, which ``name`` of ``shape`` asks for, fits the counter."""
+    tile = TILES[distribution]
+    if rows * -(-cols // tile) * BLOCKS_PER_TILE > MAX_BLOCKS:
+        limit = f"rows * ceil(cols / {tile}) * {BLOCKS_PER_TILE} <= 2**32"
+        raise ValueError(f"{op}: {name} must fit the counter, {limit}, got {list(shape)}")
+
+
+def as_weights(op: str, weights: Tensor | Sequence[float]) -> Tensor:
+    """The members' weights as a tensor [members], float32."""
+    if not isinstance(weights, Tensor):
+        try:
+            weights = torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
+        except (TypeError, ValueError):
+            message = f"{op}: weights must be a float32 tensor or a sequence of numbers, got {weights!r}"
+            raise TypeError(message) from None
+    if weights.dtype is not torch.float32:
+        raise ValueError(f"{op}: weights must have dtype torch.float32, got {weights.dtype}")
+    if weights.dim() != 1 or weights.shape[0] < 1:
+        raise ValueError(f"{op}: weights must have shape [members] with members >= 1, got {list(weights.shape)}")
+    return weights
+
+
+def fold_pairs(op: str, weights: Tensor) -> Tensor:
+    """weights[2k] - weights[2k + 1] of every antithetic pair, float32; a missing last member weighs 0."""
+    if weights.is_cpu and not weights.isfinite().all():
+        m = int(weights.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"{op}: weights must be finite, got {float(weights[m])} for member {m}")
+    if weights.shape[0] % 2:
+        weights = torch.cat([weights, weights.new_zeros(1)])
+    return weights[0::2] - weights[1::2]

@@ -7,7 +7,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import dispatch
-from .registration import DTYPES, check_contiguous, check_floating, check_matrix, check_no_grad, check_tensors, register
+from .registration import (
+    DTYPES,
+    beyond_decode,
+    check_contiguous,
+    check_floating,
+    check_matrix,
+    check_no_grad,
+    check_offsets,
+    check_tensors,
+    register,
+    rows_of_x,
+    rows_of_y,
+)
 
 
 def svd_lora(
@@ -224,39 +236,6 @@ def _check_layout(op: str, u_b: Tensor) -> None:
         raise ValueError(f"{op}: u_b or its transpose must be contiguous, got strides {list(u_b.stride())}")
 
 
-def _check_offsets(op: str, offsets: Tensor, rows: int) -> None:
-    if not offsets.is_cpu:
-        return  # to look at a GPU's memory is to wait for it
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != rows:
-        got = f"{values[0]} and {values[-1]}"
-        raise ValueError(f"{op}: offsets must start with 0 and end with the number of rows, {rows}, got {got}")
-    if values != sorted(values):
-        m = next(m for m in range(len(values) - 1) if values[m] > values[m + 1])
-        raise ValueError(f"{op}: offsets must not descend, got {values[m]}, {values[m + 1]} at member {m}")
-
-
-def _beyond_decode(rows: Tensor) -> bool:
-    return rows.numel() > dispatch.DECODE_ROWS * rows.shape[-1] if rows.dim() else False
-
-
-def _rows_of_x(x: Tensor) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()
-
-
-def _rows_of_y(op: str, y: Tensor) -> Tensor:
-    if y.is_contiguous():
-        return y if y.dim() == 2 else y.view(-1, y.shape[-1])
-    try:
-        rows = y.view(-1, y.shape[-1])
-    except RuntimeError:
-        rows = None
-    if rows is None or rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
-        raise ValueError(f"{op}: y must be rows of adjacent elements at one stride, got strides {list(y.stride())}")
-    return rows
-
-
 def _run(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
     y = x.new_zeros(*x.shape[:-1], check_matrix("svd_lora", "u_b", u_b, "d_out, r_b")[0])
     _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend)
@@ -270,11 +249,11 @@ def _fake(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
-    implementation = dispatch.resolve("svd_lora", x.device, backend, _beyond_decode(x))
+    implementation = dispatch.resolve("svd_lora", x.device, backend, beyond_decode(x))
     if not _svd_lora_fits(y, x, v_a, core, u_b, s_a, s_b, offsets):
         _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
-    x, y = _rows_of_x(x), _rows_of_y("svd_lora", y)
-    _check_offsets("svd_lora", offsets, x.shape[0])
+    x, y = rows_of_x(x), rows_of_y("svd_lora", y)
+    check_offsets("svd_lora", offsets, x.shape[0])
     if x.shape[0]:
         implementation(y, x, v_a, core, u_b, s_a, s_b, offsets)
         increment_version(y)
@@ -285,11 +264,11 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
 
 
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
-    implementation = dispatch.resolve("svd_lora_shrink", x.device, backend, _beyond_decode(x))
+    implementation = dispatch.resolve("svd_lora_shrink", x.device, backend, beyond_decode(x))
     if not _shrink_fits(x, v_a, core, s_a, s_b, offsets):
         _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
-    x = _rows_of_x(x)
-    _check_offsets("svd_lora_shrink", offsets, x.shape[0])
+    x = rows_of_x(x)
+    check_offsets("svd_lora_shrink", offsets, x.shape[0])
     h = x.new_empty(x.shape[0], core.shape[0], dtype=torch.float32)
     if x.shape[0]:
         implementation(h, x, v_a, core, s_a, s_b, offsets)
@@ -302,10 +281,10 @@ def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_expand(y, h, u_b, backend=None) -> None:
-    implementation = dispatch.resolve("svd_lora_expand_", y.device, backend, _beyond_decode(y))
+    implementation = dispatch.resolve("svd_lora_expand_", y.device, backend, beyond_decode(y))
     if not _expand_with_h_fits(y, h, u_b):
         _check_expand(y, h, u_b)
-    y = _rows_of_y("svd_lora_expand_", y)
+    y = rows_of_y("svd_lora_expand_", y)
     if y.shape[0]:
         implementation(y, h, u_b)
         increment_version(y)

@@ -1,0 +1,184 @@
+"""A LoRA whose two factors are perturbed per member: every row takes the factors plus its own member's noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import dispatch
+from ..noise import NoiseKey
+from .registration import (
+    DTYPES,
+    beyond_decode,
+    check_contiguous,
+    check_counter,
+    check_distribution,
+    check_floating,
+    check_key,
+    check_matrix,
+    check_members,
+    check_no_grad,
+    check_offsets,
+    check_real,
+    check_tensors,
+    register,
+    rows_of_x,
+    rows_of_y,
+)
+
+OP = "lora_perturbed"
+
+
+def lora_perturbed(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    key: NoiseKey,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    *,
+    scaling: float = 1.0,
+    distribution: str = "gaussian",
+    y: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The LoRA delta of a batch whose rows belong to members that differ in the noise on their factors.
+
+    Member m adds ``y += scaling * (B + s eps_B) ((A + s eps_A) x)`` to its rows, where s = sigma for an even m and
+    -sigma for an odd one. The noise is drawn where it is used; a pair (2k, 2k + 1) of which both are there shares one
+    draw. Parameters are widened to float32, perturbed and used in float32, never rounded to a lower precision on the
+    way; sums are in float32. Results do not depend on the number of threads. No backward.
+
+    Args:
+        x: [..., d_in], float32, bfloat16 or float16; leading dimensions are flattened into rows. Any strides, but
+            elements of a row that are not adjacent cost a copy.
+        a: [r, d_in], x's dtype or float32: A. Its noise, a matrix of that shape, is drawn at ``key.site``.
+        b: [d_out, r], a's dtype; either dimension may be the contiguous one: B. The noise of its transpose, a matrix
+            [r, d_out], is drawn at ``key.site + 1``.
+        key: seed, generation and site; the site is even.
+        sigma: the scale of the noise, finite.
+        members: [groups], int64: who the groups of rows belong to, 0 .. 2**33 - 1, distinct, in any order.
+        offsets: [groups + 1], int64: group g is rows offsets[g] .. offsets[g + 1] - 1. Starts with 0, never descends,
+            ends with the number of rows; groups may be empty. The content of members and offsets is checked on the
+            CPU; on a GPU, where looking would stall the stream, it is trusted.
+        scaling: LoRA's, finite.
+        distribution: "gaussian" or "rademacher".
+        y: [..., d_out], x's dtype: accumulated in place. Its rows may have any stride, their elements are adjacent.
+            It must not share memory with x. By default zeros.
+        backend: "cpu", "cuda", "triton" or "reference"; by default the best available (see `explain`).
+
+    All tensors are on one device; a, members and offsets are contiguous. Sizes are >= 1, but rows and groups may be 0.
+
+    Returns:
+        y, or without it a new [..., d_out] tensor that holds the delta alone.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, out of range, or does not fit the others; or a noise
+            matrix has more than 2**32 blocks, ``r * ceil(d / tile) * 16`` with a tile of 64 (Rademacher: 2048).
+        RuntimeError: the backend is not available, or an input requires grad while grad mode is on.
+
+    Source: evolution strategies on LoRA's factors (Hu et al., arXiv 2106.09685); antithetic pairs as in Salimans et
+    al., arXiv 1703.03864.
+    """
+    noise = (*check_key(OP, key, two_factors=True), check_real(OP, "sigma", sigma))
+    rest = (check_real(OP, "scaling", scaling), check_distribution(OP, distribution), backend)
+    if y is None:
+        return _op(x, a, b, *noise, members, offsets, *rest)
+    _inplace_op(y, x, a, b, *noise, members, offsets, *rest)
+    return y
+
+
+def _fits(y: Tensor, x: Tensor, a: Tensor, b: Tensor, members: Tensor, offsets: Tensor) -> bool:
+    """Whether all is well, asked as cheaply as possible; `_check` then names what is not."""
+    if x.dim() == 0 or a.dim() != 2 or b.dim() != 2 or members.dim() != 1 or torch.is_grad_enabled():
+        return False
+    (r, d_in), d_out = a.shape, b.shape[0]
+    return (
+        x.shape[-1] == d_in
+        and b.shape[1] == r
+        and y.shape == (*x.shape[:-1], d_out)
+        and offsets.shape == (members.shape[0] + 1,)
+        and r * d_in * d_out > 0
+        and r * max(d_in, d_out) < 2**28  # within the counter whatever the tile
+        and x.dtype in DTYPES
+        and y.dtype is x.dtype
+        and b.dtype is a.dtype
+        and (a.dtype is x.dtype or a.dtype is torch.float32)
+        and members.dtype is offsets.dtype is torch.int64
+        and x.device == a.device == b.device == y.device == members.device == offsets.device
+        and a.is_contiguous()
+        and (b.is_contiguous() or b.mT.is_contiguous())
+        and members.is_contiguous()
+        and offsets.is_contiguous()
+    )
+
+
+def _check(y: Tensor, x: Tensor, a: Tensor, b: Tensor, members: Tensor, offsets: Tensor, distribution: str) -> None:
+    check_no_grad(OP, x=x, a=a, b=b, y=y)
+    check_floating(OP, "x", x)
+    r, d_in = check_matrix(OP, "a", a, "r, d_in")
+    d_out, _ = check_matrix(OP, "b", b, "d_out, r")
+    if a.dtype is not x.dtype and a.dtype is not torch.float32:
+        raise ValueError(f"{OP}: a must have x's dtype, {x.dtype}, or torch.float32, got {a.dtype}")
+    if members.dim() != 1:
+        raise ValueError(f"{OP}: members must have shape [groups], got {list(members.shape)}")
+    groups = members.shape[0]
+    check_tensors(
+        OP,
+        x.device,
+        ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)),
+        ("a", a, a.dtype, "r, d_in", (r, d_in)),
+        ("b", b, a.dtype, "d_out, r", (d_out, r)),
+        ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)),
+        ("members", members, torch.int64, "groups", (groups,)),
+        ("offsets", offsets, torch.int64, "groups + 1", (groups + 1,)),
+    )
+    check_contiguous(OP, a=a, members=members, offsets=offsets)
+    if not (b.is_contiguous() or b.mT.is_contiguous()):
+        raise ValueError(f"{OP}: b or its transpose must be contiguous, got strides {list(b.stride())}")
+    check_counter(OP, "a", a.shape, r, d_in, distribution)
+    check_counter(OP, "b", b.shape, r, d_out, distribution)
+
+
+def _run_inplace(
+    y, x, a, b, seed, generation, site, sigma, members, offsets, scaling, distribution, backend=None
+) -> None:
+    implementation = dispatch.resolve(OP, x.device, backend, beyond_decode(x))
+    if not _fits(y, x, a, b, members, offsets):
+        _check(y, x, a, b, members, offsets, distribution)
+    x, y = rows_of_x(x), rows_of_y(OP, y)
+    check_members(OP, members)
+    check_offsets(OP, offsets, x.shape[0])
+    if x.shape[0]:
+        seed %= 2**64
+        implementation(y, x, a, b, seed, generation, site, sigma, members, offsets, scaling, distribution)
+        increment_version(y)
+
+
+def _fake_inplace(
+    y, x, a, b, seed, generation, site, sigma, members, offsets, scaling, distribution, backend=None
+) -> None:
+    _check(y, x, a, b, members, offsets, distribution)
+
+
+def _run(x, a, b, *rest) -> Tensor:
+    y = x.new_zeros(*x.shape[:-1], check_matrix(OP, "b", b, "d_out, r")[0])
+    _run_inplace(y, x, a, b, *rest)
+    return y
+
+
+def _fake(x, a, b, *rest) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], check_matrix(OP, "b", b, "d_out, r")[0])
+    _fake_inplace(y, x, a, b, *rest)
+    return y
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor a, Tensor b, SymInt seed, SymInt generation, SymInt site, float sigma, Tensor members, "
+    "Tensor offsets, float scaling, str distribution, str? backend=None"
+)
+
+_op = register(f"{OP}({_ARGUMENTS}) -> Tensor", _run, _fake)
+_inplace_op = register(f"{OP}_(Tensor(a!) y, {_ARGUMENTS}) -> ()", _run_inplace, _fake_inplace)
