@@ -29,13 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 VALIDATION = 500
 THRESHOLDS = (0.90, 0.95)
 CAPTION = """\
-Medians over the seeds. A sample is one completion that was generated and whose reward was asked for; a reward and its
-decoding are the dear part where answers are long or judged by people, models or tests. What else a method computes is
-not in that count: zo-grpo scores every completion that counts again under many perturbations, in one forward pass each
+Medians over the seeds, {threads}. A sample is one completion that was generated and whose reward was asked for; a
+reward and its decoding are the dear part where answers are long, or judged by people, models or tests. What else a
+method computes is not in that count: zo-grpo scores its completions again under many perturbations, in forward passes
 without decoding and without a reward ("scored" is how many such rows it took in all), and GRPO takes a backward pass
-through every sample. Seconds count everything but evaluations. The thresholds are read off the accuracy on 500 validation
-problems; the last column is measured once, at the end, on the 1,000 test problems. GRPO trains all LoRA weights, the
-others search their singular values only.
+through every sample. Seconds count everything but evaluations. The thresholds are read off the accuracy on 500
+validation problems; the last column is measured once, at the end, on the 1,000 test problems. GRPO trains all LoRA
+weights, the others search their singular values only.
 """
 METHODS: dict[str, dict[str, Any]] = {
     "CMA 24 x 64": {
@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "generations": 240, "eval_steps": 4,
     },
     "zo-grpo 8 x 4": {
-        "strategy": "zo-grpo", "population_size": 32, "prompts_per_generation": 8, "generations": 48, "eval_steps": 2,
+        "strategy": "zo-grpo", "population_size": 32, "prompts_per_generation": 8, "generations": 96, "eval_steps": 2,
     },
     "GRPO 8 x 8": {"population_size": 64, "prompts_per_generation": 8, "generations": 24, "eval_steps": 1},
     "GRPO 8 x 4": {"population_size": 32, "prompts_per_generation": 8, "generations": 48, "eval_steps": 2},
@@ -90,31 +90,40 @@ def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def first_reaching(result: dict[str, Any], threshold: float) -> float:
-    reached = (n for n, value in zip(result["samples"], result["validation"], strict=True) if value >= threshold)
+def first_reaching(result: dict[str, Any], unit: str, threshold: float) -> float:
+    """Samples or seconds until the validation accuracy is first seen at the threshold."""
+    reached = (n for n, value in zip(result[unit], result["validation"], strict=True) if value >= threshold)
     return next(reached, float("inf"))
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], threads: int) -> str:
     columns = [
         "method (prompts x draws; CMA: members x prompts)",
         "seeds",
-        *(f"samples to {threshold:.2f}" for threshold in THRESHOLDS),
+        *(f"{unit} to {threshold:.2f}" for unit in ("samples", "seconds") for threshold in THRESHOLDS),
         "samples in all",
         "scored in all",
         "seconds in all",
         "accuracy before (validation)",
         "accuracy after (test)",
     ]
-    lines = [CAPTION, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [
+        CAPTION.format(threads="one thread" if threads == 1 else f"{threads} threads"),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     for method in METHODS:
         runs = [result for result in results if result["method"] == method]
         if not runs:
             continue
-        thresholds = [_median([first_reaching(result, threshold) for result in runs]) for threshold in THRESHOLDS]
+        cells = [
+            _median([first_reaching(result, unit, threshold) for result in runs], digits)
+            for unit, digits in (("samples", 0), ("seconds", 1))
+            for threshold in THRESHOLDS
+        ]
+        cells += [_median([r["samples"][-1] for r in runs]), _median([r["scored"] for r in runs])]
         lines.append(
-            f"| {method} | {len(runs)} | {' | '.join(thresholds)} | {_median([r['samples'][-1] for r in runs])} | "
-            f"{_median([r['scored'] for r in runs])} | "
+            f"| {method} | {len(runs)} | {' | '.join(cells)} | "
             f"{statistics.median(r['seconds'][-1] for r in runs):.1f} | "
             f"{statistics.median(r['validation'][0] for r in runs):.3f} | "
             f"{statistics.median(r['test'] for r in runs):.3f} |"
@@ -122,9 +131,9 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _median(numbers: list[float]) -> str:
+def _median(numbers: list[float], digits: int = 0) -> str:
     median = statistics.median_high(numbers)
-    return "not reached" if median == float("inf") else f"{median:,.0f}"
+    return "not reached" if median == float("inf") else f"{median:,.{digits}f}"
 
 
 def main() -> None:
@@ -142,9 +151,9 @@ def main() -> None:
                 fresh = run(method, seed, Path(folder))
             results = [r for r in results if (r["method"], r["seed"]) != (method, seed)] + [fresh]
             options.output.write_text(json.dumps(results, indent=None) + "\n")
-            options.output.with_suffix(".md").write_text(table(results))
+            options.output.with_suffix(".md").write_text(table(results, options.threads))
             print(f"{method}, seed {seed}: test {fresh['test']:.3f}", flush=True)
-    print(table(results))
+    print(table(results, options.threads))
 
 
 if __name__ == "__main__":
