@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -30,9 +31,11 @@ class CMakeBuild(build_ext):
         import pybind11
 
         cmake = find_tool("cmake")
-        # Kept between builds, also those of pip, which uses a new temporary folder each time.
-        compiler = Path(os.environ.get("CXX", "c++").split()[0]).name
-        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{compiler}"
+        # Kept between builds, also those of pip, which uses a new temporary folder each time. One for each toolchain:
+        # CMake reads these variables only when it configures a folder for the first time.
+        toolchain = [os.environ.get(variable, "") for variable in ("CXX", "CXXFLAGS", "LDFLAGS")]
+        digest = hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]
+        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{digest}"
         configure = [
             cmake,
             "-S",

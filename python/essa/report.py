@@ -89,8 +89,8 @@ def write_report(
     """
     run = Run.read(directory)
     every = [*run_curves(run), *curves]
-    png, svg = _draw(every)
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
+    png, svg = _draw(every, title)
     page = _page(title, run, svg, [*tables, *_own_tables(run)])
     (run.directory / "report.png").write_bytes(png)
     path = run.directory / "report.html"
@@ -98,8 +98,8 @@ def write_report(
     return path
 
 
-def _draw(curves: Sequence[Curve]) -> tuple[bytes, str]:
-    """The learning curve as PNG and as SVG."""
+def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:
+    """The learning curve as PNG, with its title, and as SVG for the page, which has the title already."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,8 +124,9 @@ def _draw(curves: Sequence[Curve]) -> tuple[bytes, str]:
         handles, labels = by_samples.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(curves)), frameon=False)
         png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png", dpi=150)
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.suptitle(title)
+        figure.savefig(png, format="png", dpi=150)
     return png.getvalue(), svg.getvalue()
 
 

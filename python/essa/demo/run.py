@@ -101,15 +101,16 @@ def run_demo(
         "adapter": str(folder / "essa" / ADAPTER_FOLDER),
         "report": str(folder / "essa" / "report.html"),
     }
-    curves = [Curve("uniform-scale control (test)", [], [], [control], "level")]
+    curves = [Curve("best uniform scale (control)", [], [], [control], "level")]
     if compare:
         say("GRPO: TRL's GRPOTrainer from the same warm start ...")
         grpo = run_grpo(warm_start, args, search["samples"], seed)
         summary["grpo"] = {"accuracy_after": grpo.accuracy, "samples": grpo.samples[-1], "seconds": grpo.seconds[-1]}
-        curves.append(Curve("GRPO, validation", grpo.samples, grpo.seconds, grpo.values))
+        curves.append(Curve("GRPO, evaluation", grpo.samples, grpo.seconds, grpo.values))
     summary["seconds_total"] = time.perf_counter() - started
     rows = result_rows(summary)
-    write_report(args.output_dir, title="ESSA demo", curves=curves, tables=[Table("Test problems", rows)])
+    title = f"ESSA demo: exact match on unseen problems {before:.3f} before, {after:.3f} after"
+    write_report(args.output_dir, title=title, curves=curves, tables=[Table("Test problems", rows)])
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, value in rows:
         say(f"  {name:<42}{value}")
