@@ -86,7 +86,7 @@ def test_a_small_demo_run(tmp_path):
             rows = [json.loads(line) for line in file]
         assert rows == task.rows(task.split(split)) and len(rows) == size
     page = (tmp_path / "demo/essa/report.html").read_text()
-    assert "uniform-scale control" in page and "best uniform scale" in page
+    assert "best uniform scale (control)" in page and "best uniform scale of it" in page
 
     with pytest.raises(InputError, match="not empty"):
         run_demo(tmp_path / "demo")
