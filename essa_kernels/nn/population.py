@@ -105,12 +105,13 @@ class Projections:
         self.layers = layers
         self.core = torch.block_diag(*(layer.factors.core for layer in layers))
         self.ranks_b = [layer.factors.core.shape[0] for layer in layers]
-        self._casts: dict[torch.device, Casts] = {}
+        self._casts: Casts | None = None
 
     def casts(self, device: torch.device) -> Casts:
-        if device not in self._casts:
-            self._casts[device] = Casts(self.layers, device)
-        return self._casts[device]
+        """Kept from one population to the next, but on one device only: where the model is now."""
+        if self._casts is None or self._casts.device != device:
+            self._casts = Casts(self.layers, device)
+        return self._casts
 
     def forwards(
         self, population: Population, values: Tensor, adapter_name: str

@@ -59,9 +59,17 @@ class SVDLoRA:
 
         Raises:
             ValueError: there is no such LoRA adapter, or it uses what singular values cannot carry: DoRA and other
-                variants, biases, retrained modules or tokens, layers that are not linear, routed experts.
+                variants, biases, retrained modules or tokens, layers that are not linear, routed experts. Or one of the
+                factors is zero in every layer, as in a LoRA never trained, so there is nothing to take apart.
         """
-        return cls(model, adapter_name, find_lora_layers(model, adapter_name))
+        layers = find_lora_layers(model, adapter_name)
+        for part in ("lora_A", "lora_B"):
+            if not any(getattr(module, part)[adapter_name].weight.any() for _, module in layers):
+                raise ValueError(
+                    f"adapter {adapter_name!r}: {part} is zero in every layer, so it has no singular vectors to search "
+                    f"along; train it first, for instance with `essa sft`"
+                )
+        return cls(model, adapter_name, layers)
 
     def top(self, alpha: float) -> Tensor:
         """The coordinates of the largest singular values: of each factor the top ``alpha``, rounded up.
@@ -146,7 +154,8 @@ class SVDLoRA:
     def save_adapter(self, values: Tensor, output_dir: str | Path) -> None:
         """Write one member as an ordinary PEFT adapter folder: adapter_model.safetensors and adapter_config.json.
 
-        A new folder appears whole or not at all; in one that is there the adapter's files are replaced one by one.
+        The folder appears whole or not at all. Where one is there already, the new one takes its place in a single step,
+        with the other files it holds; where the system cannot do that, a kill may leave it beside its place instead.
 
         Args:
             values: [size].

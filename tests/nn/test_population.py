@@ -102,6 +102,7 @@ def test_sharing_is_never_assumed(seed, monkeypatch, inputs, shrinks):
 
 def test_a_shared_input_is_let_go():
     model = get_peft_model(Attention(same), LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"]))
+    randomise(model)
     space = SVDLoRA.from_peft(model)
     with torch.no_grad(), space.attach(space.spectrum[None]) as population:
         population.assign(torch.tensor([0, 2]))

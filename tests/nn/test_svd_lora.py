@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from essa_kernels.nn import SVDLoRA
+from essa_kernels.nn import SVDLoRA, adapter_folder
 from essa_kernels.nn.factors import Factors
 
 from .conftest import SEVEN, build, build_base, perturbed, randomise
@@ -144,6 +144,35 @@ def test_saving_twice_gives_the_same_bytes_and_replaces(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_an_adapter_takes_the_place_of_another_whole(model, tmp_path, monkeypatch, in_one_step):
+    def content():
+        return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def exchange(new, old):
+        seen.append(content())
+        original(new, old)
+        seen.append(content())
+
+    original, seen, folder = adapter_folder._exchange, [], tmp_path / "adapter"
+    monkeypatch.setattr(adapter_folder, "_exchange", exchange)
+    if not in_one_step:
+        monkeypatch.setattr("ctypes.CDLL", lambda _: object())
+    first, second = perturbed(SVDLoRA.from_peft(model), 2)
+    SVDLoRA.from_peft(model).save_adapter(first, folder)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    before = content()
+    model.peft_config["default"].revision = "another"
+    SVDLoRA.from_peft(model).save_adapter(second, folder)
+    assert seen == [before, content()]
+    assert {name for name in before if before[name] != content()[name]} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert content()["mine.txt"] == b"mine" and [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_a_failed_save_leaves_the_old_adapter(model, tmp_path, monkeypatch):
     space = SVDLoRA.from_peft(model)
     first, second = perturbed(space, 2)
@@ -237,6 +266,17 @@ def test_only_the_one_active_unmerged_adapter_is_searched(model):
             use()
     model.unmerge_adapter()
     with model.disable_adapter(), pytest.raises(ValueError, match="adapters are disabled"):
+        SVDLoRA.from_peft(model)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_never_trained_is_refused(model, part):
+    factors = [parameter for name, parameter in model.named_parameters() if part in name]
+    for factor in factors[:-1]:
+        factor.data.zero_()
+    SVDLoRA.from_peft(model)
+    factors[-1].data.zero_()
+    with pytest.raises(ValueError, match=f"adapter 'default': {part} is zero in every layer"):
         SVDLoRA.from_peft(model)
 
 
