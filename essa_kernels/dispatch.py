@@ -69,6 +69,7 @@ def compiled_module_error() -> str | None:
     return None
 
 
+@functools.cache
 def build_info() -> dict[str, Any]:
     """How the compiled module was built and what it chose on this machine. Only where it loads."""
     return importlib.import_module("essa_kernels._C").build_info()
@@ -189,4 +190,7 @@ def _explain_backends(op: str, device_type: str, backends: tuple[str, ...]) -> l
 
 
 def _available(backend: str) -> str:
-    return f"available, compiled for {build_info()['cpu_isa']}" if backend == "cpu" else "available"
+    if backend != "cpu":
+        return "available"
+    build = build_info()
+    return f"available, compiled for {build['cpu_isa']}; thread pool {build['thread_pool']}"

@@ -77,4 +77,4 @@ def _cuda() -> dict[str, Any]:
 def _compiled_module() -> dict[str, Any]:
     if error := dispatch.compiled_module_error():
         return {"error": error}
-    return dispatch.build_info()
+    return dict(dispatch.build_info())

@@ -30,7 +30,24 @@ def register(schema: str, run: Callable, fake: Callable) -> Callable:
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"essa::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.essa, name).default
+    op = getattr(torch.ops.essa, name).default
+
+    def call(*arguments):
+        try:
+            return op(*arguments)
+        except RuntimeError:
+            _check_are_tensors(op, arguments)
+            raise
+
+    return call
+
+
+def _check_are_tensors(op: torch._ops.OpOverload, arguments: Sequence) -> None:
+    """Raise, by name, what torch says of an argument that is no tensor in terms of its own dispatch."""
+    for expected, given in zip(op._schema.arguments, arguments, strict=False):
+        if str(expected.type) == "Tensor" and not isinstance(given, Tensor):
+            name = op._schema.name.removeprefix("essa::")
+            raise TypeError(f"{name}: {expected.name} must be a tensor, got {type(given).__name__}") from None
 
 
 # The checks run on every call, and reading a property of a tensor costs about 0.1 us: each is read once.

@@ -1,4 +1,4 @@
-"""LoRA with factors perturbed per member in torch, accumulated in float32."""
+"""LoRA with factors perturbed per member in torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .products import product
 
 
 def lora_perturbed_(
@@ -33,6 +34,6 @@ def lora_perturbed_(
             continue
         draw(eps_a, seed, generation, site, member)
         draw(eps_b, seed, generation, site + 1, member)
-        h = x[first:last].float() @ (a.float() + sigma * eps_a).T
-        delta = scaling * h @ (b.float().T + sigma * eps_b)
+        h = product(x[first:last], (a.float() + sigma * eps_a).T)
+        delta = product(scaling * h, b.float().T + sigma * eps_b)
         y[first:last] = y[first:last].float() + delta

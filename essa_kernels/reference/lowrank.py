@@ -1,4 +1,4 @@
-"""EGGROLL's low-rank noise in torch: the forward accumulated in float32, the update bit for bit."""
+"""EGGROLL's low-rank noise in torch: the forward, and the update bit for bit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .products import product
 
 
 def lowrank_perturbed_(
@@ -32,8 +33,8 @@ def lowrank_perturbed_(
         draw(f_t, seed, generation, site, member & ~1)
         draw(e_t, seed, generation, site + 1, member & ~1)
         scale = (-sigma if member & 1 else sigma) / rank**0.5
-        h = x[first:last].float() @ f_t.T * scale
-        y[first:last] = y[first:last].float() + h @ e_t
+        h = product(x[first:last], f_t.T) * scale
+        y[first:last] = y[first:last].float() + product(h, e_t)
 
 
 def lowrank_update_(

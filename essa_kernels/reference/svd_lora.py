@@ -1,22 +1,24 @@
-"""ESSA's population forward in torch, accumulated in float32."""
+"""ESSA's population forward in torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .products import product
+
 
 def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     """h = s_b[m] * (core (s_a[m] * (v_a x))), row by row, where m is the member that owns the row."""
     members = torch.arange(s_a.shape[0], device=x.device)
     member = members.repeat_interleave(offsets.diff(), output_size=x.shape[0])
-    shrunk = x.float() @ v_a.float().T * s_a[member]
-    h.copy_(shrunk @ core.T * s_b[member])
+    shrunk = product(x, v_a.T) * s_a[member]
+    h.copy_(product(shrunk, core.T) * s_b[member])
 
 
 def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
     """y += u_b h, row by row."""
-    y.copy_(y.float() + h @ u_b.float().T)
+    y.copy_(y.float() + product(h, u_b.T))
 
 
 def svd_lora_(

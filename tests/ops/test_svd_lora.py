@@ -465,8 +465,24 @@ def test_bad_backends_are_refused(seed):
 
 def test_no_tensor_is_refused(seed):
     operands = random_operands([2, 3], 9, 7, 4, 3)
-    with pytest.raises(RuntimeError, match=r"Expected a value of type 'Tensor' for argument 'v_a'"):
+    with pytest.raises(TypeError, match="svd_lora: v_a must be a tensor, got list"):
         svd_lora(*operands.replace(v_a=[1.0]))
+    with pytest.raises(TypeError, match="svd_lora: x must be a tensor, got NoneType"):
+        svd_lora(*[None] * 7)
+    with pytest.raises(TypeError, match="svd_lora_expand_: h must be a tensor, got int"):
+        svd_lora_expand_(operands.x, 1, operands.u_b)
+
+
+def test_the_reference_is_exact_whatever_the_process_allows(seed):
+    operands = random_operands([20, 44], 512, 300, 16, 16)
+    exact = svd_lora(*operands, backend="reference")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(svd_lora(*operands, backend="reference"), exact)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_autograd_notices_that_y_has_changed():
