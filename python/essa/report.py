@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import json
@@ -77,20 +78,26 @@ def run_curves(run: Run) -> list[Curve]:
 
 
 def write_report(
-    directory: str | Path, *, title: str | None = None, curves: Sequence[Curve] = (), tables: Sequence[Table] = ()
+    directory: str | Path,
+    *,
+    title: str | None = None,
+    name: str | None = None,
+    curves: Sequence[Curve] = (),
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Write `report.html` and `report.png` into a run's folder and return the path of the page.
 
     Args:
         directory: the run's output_dir.
         title: the page's heading; by default the run's name or folder.
+        name: what the run's own curves are called beside those of rivals.
         curves: rivals or reference levels, drawn beside the run's own curves.
         tables: shown before the settings.
     """
     run = Run.read(directory)
-    every = [*run_curves(run), *curves]
+    own = [dataclasses.replace(curve, name=f"{name}, {curve.name}") if name else curve for curve in run_curves(run)]
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
-    png, svg = _draw(every, title)
+    png, svg = _draw([*own, *curves], title)
     page = _page(title, run, svg, [*tables, *_own_tables(run)])
     (run.directory / "report.png").write_bytes(png)
     path = run.directory / "report.html"

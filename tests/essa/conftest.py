@@ -14,7 +14,7 @@ def no_pictures(request, monkeypatch):
     """Drawing takes longer than the searches of these tests; those that look at the drawing ask for `pictures`."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(
-            "essa.report._draw", lambda curves: (b"\x89PNG", f"<svg>{[curve.name for curve in curves]}</svg>")
+            "essa.report._draw", lambda curves, title: (b"\x89PNG", f"<svg>{[curve.name for curve in curves]}</svg>")
         )
 
 

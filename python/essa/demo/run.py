@@ -110,7 +110,7 @@ def run_demo(
     summary["seconds_total"] = time.perf_counter() - started
     rows = result_rows(summary)
     title = f"ESSA demo: exact match on unseen problems {before:.3f} before, {after:.3f} after"
-    write_report(args.output_dir, title=title, curves=curves, tables=[Table("Test problems", rows)])
+    write_report(args.output_dir, title=title, name="ESSA", curves=curves, tables=[Table("Test problems", rows)])
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, value in rows:
         say(f"  {name:<42}{value}")
