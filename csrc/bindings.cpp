@@ -2,9 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/features.h"
@@ -104,6 +109,89 @@ void svd_lora_expand_cpu(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_s
   run_rows(args, threads);
 }
 
+// A thread's share of rows that draws the noise once; splitting more rows off costs less than leaving threads idle.
+constexpr int64_t kRowsPerDraw = 256;
+
+// The rows of every pair, ascending in pairs. A pair with many rows comes in several parts.
+std::vector<cpu::PairRows> pair_rows(const int64_t* members, const int64_t* offsets, int64_t groups) {
+  std::map<uint32_t, cpu::PairRows> whole;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (offsets[g] == offsets[g + 1]) continue;
+    const uint32_t pair = static_cast<uint32_t>(members[g] >> 1);
+    cpu::PairRows& rows = whole.try_emplace(pair, cpu::PairRows{pair, {0, 0}, {0, 0}}).first->second;
+    rows.first[members[g] & 1] = offsets[g];
+    rows.rows[members[g] & 1] = offsets[g + 1] - offsets[g];
+  }
+  std::vector<cpu::PairRows> parts;
+  for (const auto& [pair, rows] : whole) {
+    for (int64_t at = 0; at < std::max(rows.rows[0], rows.rows[1]); at += kRowsPerDraw) {
+      cpu::PairRows part{pair, {rows.first[0] + at, rows.first[1] + at}, {}};
+      for (int sign : {0, 1}) part.rows[sign] = std::clamp<int64_t>(rows.rows[sign] - at, 0, kRowsPerDraw);
+      parts.push_back(part);
+    }
+  }
+  return parts;
+}
+
+using PerturbedKernel = void (*)(const cpu::PerturbedArgs&, int64_t, int64_t);
+
+void run_perturbed(cpu::PerturbedArgs& args, uintptr_t members, uintptr_t offsets, int64_t groups, int64_t rows,
+                   int threads, PerturbedKernel shrink, PerturbedKernel expand) {
+  py::gil_scoped_release release;
+  const std::vector<cpu::PairRows> pairs = pair_rows(pointer<int64_t>(members), pointer<int64_t>(offsets), groups);
+  const std::unique_ptr<float[]> h(new float[rows * args.rank]);
+  args.pairs = pairs.data(), args.pair_count = static_cast<int64_t>(pairs.size());
+  args.h = h.get();
+  cpu::parallel_for(threads, args.pair_count * cpu::blocks(args.rank, cpu::kRanksAtOnce), 1,
+                    [&](int64_t first, int64_t last) { shrink(args, first, last); });
+  cpu::parallel_for(threads, args.pair_count * cpu::blocks(args.d_out, cpu::kColumnBlock), 1,
+                    [&](int64_t first, int64_t last) { expand(args, first, last); });
+}
+
+void lora_perturbed_cpu(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t a, uintptr_t b,
+                        int64_t b_row_stride, int64_t b_col_stride, uint64_t seed, uint32_t generation, uint32_t site,
+                        double sigma, uintptr_t members, uintptr_t offsets, double scaling, bool rademacher,
+                        int64_t rows, int64_t groups, int64_t d_in, int64_t d_out, int64_t rank, int dtype,
+                        int parameter_dtype, int threads) {
+  cpu::PerturbedArgs args{};
+  args.dtype = dtype, args.parameter_dtype = parameter_dtype;
+  args.d_in = d_in, args.d_out = d_out, args.rank = rank;
+  args.x = pointer<void>(x), args.x_stride = x_stride;
+  args.a = pointer<void>(a), args.b = pointer<void>(b);
+  args.b_row_stride = b_row_stride, args.b_col_stride = b_col_stride;
+  args.key = make_key(seed, generation, site, 0), args.rademacher = rademacher;
+  args.sigma = static_cast<float>(sigma), args.scaling = static_cast<float>(scaling);
+  args.y = pointer<void>(y), args.y_stride = y_stride;
+  run_perturbed(args, members, offsets, groups, rows, threads, kernels->lora_perturbed_shrink,
+                kernels->lora_perturbed_expand);
+}
+
+void lowrank_perturbed_cpu(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uint64_t seed,
+                           uint32_t generation, uint32_t site, double sigma, uintptr_t members, uintptr_t offsets,
+                           int64_t rank, bool rademacher, int64_t rows, int64_t groups, int64_t d_in, int64_t d_out,
+                           int dtype, int threads) {
+  cpu::PerturbedArgs args{};
+  args.dtype = dtype;
+  args.d_in = d_in, args.d_out = d_out, args.rank = rank;
+  args.x = pointer<void>(x), args.x_stride = x_stride;
+  args.key = make_key(seed, generation, site, 0), args.rademacher = rademacher;
+  args.scaling = static_cast<float>(sigma / std::sqrt(static_cast<double>(rank)));
+  args.y = pointer<void>(y), args.y_stride = y_stride;
+  run_perturbed(args, members, offsets, groups, rows, threads, kernels->lowrank_shrink, kernels->lowrank_expand);
+}
+
+void lowrank_update_cpu(uintptr_t w, int64_t d_out, int64_t d_in, uint64_t seed, uint32_t generation, uint32_t site,
+                        uintptr_t pair_weights, int64_t pairs, int64_t rank, bool rademacher, int dtype, int threads) {
+  cpu::LowrankUpdateArgs args{};
+  args.dtype = dtype, args.d_out = d_out, args.d_in = d_in, args.rank = rank;
+  args.w = pointer<void>(w);
+  args.key = make_key(seed, generation, site, 0), args.rademacher = rademacher;
+  args.pair_weights = pointer<float>(pair_weights), args.pairs = pairs;
+  py::gil_scoped_release release;
+  cpu::parallel_for(threads, cpu::blocks(d_out, cpu::kTileRows) * cpu::blocks(d_in, cpu::kTileColumns), 1,
+                    [&](int64_t first, int64_t last) { kernels->lowrank_update(args, first, last); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["noise_version"] = noise::kVersion;
@@ -138,6 +226,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("svd_lora_cpu", &svd_lora_cpu);
   m.def("svd_lora_shrink_cpu", &svd_lora_shrink_cpu);
   m.def("svd_lora_expand_cpu", &svd_lora_expand_cpu);
+  m.def("lora_perturbed_cpu", &lora_perturbed_cpu);
+  m.def("lowrank_perturbed_cpu", &lowrank_perturbed_cpu);
+  m.def("lowrank_update_cpu", &lowrank_update_cpu);
 #ifdef ESSA_WITH_CUDA
   m.def("gaussian_cuda", &cuda::gaussian);
   m.def("rademacher_cuda", &cuda::rademacher);

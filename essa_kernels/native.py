@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,76 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
     # fmt: on
 
 
-def _run(kernel: str, result: Tensor, *arguments: int) -> None:
+def lora_perturbed_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    distribution: str,
+) -> None:
+    """y += scaling (B + sigma eps_B) ((A + sigma eps_A) x), row by row."""
+    (rows, d_in), (d_out, rank) = x.shape, b.shape
+    (y_stride, _), (x_stride, _), (b_row, b_column) = y.stride(), x.stride(), b.stride()
+    # fmt: off
+    _run(
+        "lora_perturbed", y, y.data_ptr(), y_stride, x.data_ptr(), x_stride, a.data_ptr(), b.data_ptr(), b_row, b_column,
+        seed, generation, site, sigma, members.data_ptr(), offsets.data_ptr(), scaling, distribution == "rademacher",
+        rows, members.shape[0], d_in, d_out, rank, DTYPE_CODE[x.dtype], DTYPE_CODE[a.dtype],
+    )
+    # fmt: on
+
+
+def lowrank_perturbed_(
+    y: Tensor,
+    x: Tensor,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    rank: int,
+    distribution: str,
+) -> None:
+    """y += sigma / sqrt(rank) E (F^T x), row by row."""
+    (rows, d_in), d_out, (y_stride, _), (x_stride, _) = x.shape, y.shape[1], y.stride(), x.stride()
+    # fmt: off
+    _run(
+        "lowrank_perturbed", y, y.data_ptr(), y_stride, x.data_ptr(), x_stride, seed, generation, site, sigma,
+        members.data_ptr(), offsets.data_ptr(), rank, distribution == "rademacher",
+        rows, members.shape[0], d_in, d_out, DTYPE_CODE[x.dtype],
+    )
+    # fmt: on
+
+
+def lowrank_update_(
+    tensors: Sequence[Tensor],
+    seed: int,
+    generation: int,
+    site: int,
+    pair_weights: Tensor,
+    rank: int,
+    distribution: str,
+) -> None:
+    """tensor i += sum over pairs of pair_weights[pair] E F^T, E and F drawn from site + 2 i."""
+    for i, tensor in enumerate(tensors):
+        # fmt: off
+        _run(
+            "lowrank_update", tensor, tensor.data_ptr(), *tensor.shape, seed, generation, site + 2 * i,
+            pair_weights.data_ptr(), pair_weights.shape[0], rank, distribution == "rademacher",
+            DTYPE_CODE[tensor.dtype],
+        )
+        # fmt: on
+
+
+def _run(kernel: str, result: Tensor, *arguments: float) -> None:
     """Run a kernel where its result is: on torch's threads, or on torch's current stream of that GPU."""
     if result.is_cpu:
         getattr(_C, f"{kernel}_cpu")(*arguments, torch.get_num_threads())

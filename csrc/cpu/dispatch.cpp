@@ -9,7 +9,8 @@ namespace cpu {
 namespace {
 
 #define ESSA_TABLE(ISA) \
-  { #ISA, ISA::gaussian, ISA::rademacher, ISA::svd_lora }
+  { #ISA, ISA::gaussian, ISA::rademacher, ISA::svd_lora, ISA::lora_perturbed_shrink, ISA::lora_perturbed_expand, \
+    ISA::lowrank_shrink, ISA::lowrank_expand, ISA::lowrank_update }
 
 struct Candidate {
   Kernels kernels;

@@ -34,6 +34,43 @@ struct SvdLoraArgs {
   int64_t y_stride;
 };
 
+// The rows of an antithetic pair: [first, first + rows) of the even member and of the odd one.
+struct PairRows {
+  uint32_t pair;
+  int64_t first[2], rows[2];
+};
+
+// lora_perturbed and, with `a` and `b` null, lowrank_perturbed.
+struct PerturbedArgs {
+  int dtype;  // of x and y
+  int64_t d_in, d_out, rank;
+  const void* x;  // [rows, d_in], row stride x_stride
+  int64_t x_stride;
+  int parameter_dtype;  // of a and b
+  const void* a;        // [rank, d_in], contiguous
+  const void* b;        // [d_out, rank]
+  int64_t b_row_stride, b_col_stride;
+  noise::Key key;  // its site is the first of two; the pair is the rows'
+  bool rademacher;
+  float sigma;    // on the noise; lowrank_perturbed has it in `scaling`
+  float scaling;  // of the result
+  const PairRows* pairs;
+  int64_t pair_count;
+  float* h;  // [rows, rank]
+  void* y;   // [rows, d_out], row stride y_stride
+  int64_t y_stride;
+};
+
+struct LowrankUpdateArgs {
+  int dtype;
+  int64_t d_out, d_in, rank;
+  void* w;  // [d_out, d_in], contiguous
+  noise::Key key;  // its site is the first of two; the pair is an index into the weights
+  bool rademacher;
+  const float* pair_weights;
+  int64_t pairs;
+};
+
 struct Kernels {
   const char* isa;
   // tiles [first, last) of the rows * tiles_per_row tiles
@@ -41,13 +78,24 @@ struct Kernels {
   void (*rademacher)(const NoiseArgs&, int64_t first, int64_t last);
   // rows [first, last)
   void (*svd_lora)(const SvdLoraArgs&, int64_t first, int64_t last);
+  // items [first, last), see below
+  void (*lora_perturbed_shrink)(const PerturbedArgs&, int64_t first, int64_t last);
+  void (*lora_perturbed_expand)(const PerturbedArgs&, int64_t first, int64_t last);
+  void (*lowrank_shrink)(const PerturbedArgs&, int64_t first, int64_t last);
+  void (*lowrank_expand)(const PerturbedArgs&, int64_t first, int64_t last);
+  void (*lowrank_update)(const LowrankUpdateArgs&, int64_t first, int64_t last);
 };
 
-#define ESSA_DECLARE_KERNELS(ISA)                                            \
-  namespace ISA {                                                            \
-  void gaussian(const NoiseArgs& args, int64_t first, int64_t last);         \
-  void rademacher(const NoiseArgs& args, int64_t first, int64_t last);       \
-  void svd_lora(const SvdLoraArgs& args, int64_t first, int64_t last);       \
+#define ESSA_DECLARE_KERNELS(ISA)                                                          \
+  namespace ISA {                                                                          \
+  void gaussian(const NoiseArgs& args, int64_t first, int64_t last);                       \
+  void rademacher(const NoiseArgs& args, int64_t first, int64_t last);                     \
+  void svd_lora(const SvdLoraArgs& args, int64_t first, int64_t last);                     \
+  void lora_perturbed_shrink(const PerturbedArgs& args, int64_t first, int64_t last);      \
+  void lora_perturbed_expand(const PerturbedArgs& args, int64_t first, int64_t last);      \
+  void lowrank_shrink(const PerturbedArgs& args, int64_t first, int64_t last);             \
+  void lowrank_expand(const PerturbedArgs& args, int64_t first, int64_t last);             \
+  void lowrank_update(const LowrankUpdateArgs& args, int64_t first, int64_t last);         \
   }
 ESSA_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
@@ -55,6 +103,13 @@ ESSA_DECLARE_KERNELS(avx2)
 ESSA_DECLARE_KERNELS(avx512)
 ESSA_DECLARE_KERNELS(avx512bf16)
 #endif
+
+// How the work of PerturbedArgs and LowrankUpdateArgs is cut: the same for every thread count, so that results are.
+constexpr int64_t kRanksAtOnce = 4;         // an item of a shrink: one pair's rows, so many ranks
+constexpr int64_t kColumnBlock = 2048;      // an item of an expand: one pair's rows, so many columns of y
+constexpr int64_t kTileRows = 256, kTileColumns = 512;  // an item of an update: so many rows and columns of w
+
+constexpr int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // A 64-byte aligned buffer of this thread, valid until its next call; grows, never shrinks. A few hundred kilobytes at
 // the ranks of LoRA; svd_lora keeps its core there.

@@ -1,47 +1,11 @@
-// Gaussian and Rademacher fills. The element layout puts the 16 blocks of a tile side by side, so that each word of W
-// lanes is one contiguous store.
+// Gaussian and Rademacher fills.
 #include "kernels.h"
-#include "noise_simd.h"
+#include "noise_tiles.h"
 
 namespace essa {
 namespace cpu {
 namespace ESSA_ISA {
 namespace {
-
-void gaussian_tiles(const Philox& philox, uint32_t block, int64_t tiles, vi flip, float* out) {
-  WordVectors words = Philox::words(philox, block);
-  for (; tiles > 0; --tiles, out += noise::kGaussianTile) {
-#pragma GCC unroll 4
-    for (int lane = 0; lane < noise::kTileBlocks; lane += W) {
-      vf z[4];
-      block += W;
-      words = normals_and_next(words, flip, z, philox, block);
-      for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
-    }
-  }
-}
-
-// one: +1 or -1 in every lane; a set bit flips it
-void rademacher_tile(const Philox& philox, uint32_t first_block, vi one, float* out) {
-  constexpr int kVectors = noise::kTileBlocks / W;
-  vi words[4][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const WordVectors x = Philox::words(philox, first_block + v * W);
-    for (int word = 0; word < 4; ++word) words[word][v] = x.w[word];
-  }
-  const vi sign = seti(0x80000000u);
-  for (int bit = 0; bit < 32; ++bit, out += 64) {
-#pragma GCC unroll 4
-    for (int word = 0; word < 4; ++word) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        vi& w = words[word][v];
-        store(out + word * 16 + v * W, as_float(xori(andi(w, sign), one)));
-        w = addi(w, w);
-      }
-    }
-  }
-}
 
 // Calls fill(block, tiles, destination) for the tiles [first, last), as many of a row at a time as there are; a row's
 // ragged last tile goes through a buffer.
@@ -79,7 +43,7 @@ void rademacher(const NoiseArgs& args, int64_t first, int64_t last) {
   const vi one = seti(args.negate ? 0xbf800000u : 0x3f800000u);
   for_each_run<noise::kRademacherTile>(args, first, last, [&](uint32_t block, int64_t tiles, float* out) {
     for (int64_t i = 0; i < tiles; ++i)
-      rademacher_tile(philox, block + (uint32_t)i * noise::kTileBlocks, one, out + i * noise::kRademacherTile);
+      rademacher_bits(philox, block + (uint32_t)i * noise::kTileBlocks, 0, 32, one, out + i * noise::kRademacherTile);
   });
 }
 

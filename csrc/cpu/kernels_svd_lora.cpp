@@ -6,6 +6,7 @@
 // thread it falls into, so results are the same for every thread count.
 #include "kernels.h"
 #include "simd.h"
+#include "storage.h"
 
 namespace essa {
 namespace cpu {
@@ -17,25 +18,19 @@ constexpr int kMaxCoreBlock = 4;  // vectors of r_b the core keeps in registers
 
 // How a dtype is read, and what one step of a dot product is. A pack holds `kStep` elements in an order that is the
 // same for both factors.
-struct Float32 {
-  typedef float Element;
+struct Float32 : Storage<kFloat32> {
   typedef vf Pack;
   static constexpr int kStep = W;
   ESSA_INLINE Pack pack(const Element* p) { return load(p); }
   ESSA_INLINE vf dot(Pack a, Pack b, vf sum) { return muladd(a, b, sum); }
-  ESSA_INLINE vf get(const Element* p) { return load(p); }
-  ESSA_INLINE void put(Element* p, vf a) { store(p, a); }
   ESSA_INLINE float get1(Element e) { return e; }
 };
 
-struct Float16 {
-  typedef uint16_t Element;
+struct Float16 : Storage<kFloat16> {
   typedef vf Pack;
   static constexpr int kStep = W;
   ESSA_INLINE Pack pack(const Element* p) { return load_fp16(p); }
   ESSA_INLINE vf dot(Pack a, Pack b, vf sum) { return muladd(a, b, sum); }
-  ESSA_INLINE vf get(const Element* p) { return load_fp16(p); }
-  ESSA_INLINE void put(Element* p, vf a) { store_fp16(p, a); }
   ESSA_INLINE float get1(Element e) {
     alignas(64) Element lanes[W] = {e};
     alignas(64) float values[W];
@@ -44,8 +39,7 @@ struct Float16 {
   }
 };
 
-struct BFloat16 {
-  typedef uint16_t Element;
+struct BFloat16 : Storage<kBFloat16> {
   static constexpr int kStep = 2 * W;
 #if defined(__AVX512BF16__)
   typedef __m512bh Pack;
@@ -63,8 +57,6 @@ struct BFloat16 {
   }
   ESSA_INLINE vf dot(Pack a, Pack b, vf sum) { return muladd(a.odd, b.odd, muladd(a.even, b.even, sum)); }
 #endif
-  ESSA_INLINE vf get(const Element* p) { return load_bf16(p); }
-  ESSA_INLINE void put(Element* p, vf a) { store_bf16(p, a); }
   ESSA_INLINE float get1(Element e) {
     const uint32_t bits = (uint32_t)e << 16;
     float value;
