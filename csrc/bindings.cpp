@@ -48,6 +48,8 @@ void fill(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t gen
 
 // A range below these sizes costs more to hand over than to compute.
 constexpr int64_t kGaussianGrain = 256, kRademacherGrain = 32, kRowGrain = 12;
+// Whole panels and whole blocks of every instruction set.
+constexpr int64_t kPanelGrain = 32, kVocabGrain = 48;
 
 void gaussian_cpu(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t generation, uint32_t site,
                   uint64_t member, int threads) {
@@ -192,6 +194,62 @@ void lowrank_update_cpu(uintptr_t w, int64_t d_out, int64_t d_in, uint64_t seed,
                     [&](int64_t first, int64_t last) { kernels->lowrank_update(args, first, last); });
 }
 
+cpu::LinearLogprobArgs linear_logprob_args(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t labels,
+                                           uintptr_t bias, uintptr_t selected, int64_t rows, int64_t d, int64_t vocab,
+                                           bool capped, float inner, float outer, int dtype) {
+  cpu::LinearLogprobArgs args{};
+  args.dtype = dtype;
+  args.rows = rows, args.d = d, args.vocab = vocab;
+  args.hidden = pointer<void>(hidden), args.hidden_stride = hidden_stride;
+  args.weight = pointer<void>(weight), args.labels = pointer<int64_t>(labels), args.bias = pointer<void>(bias);
+  args.selected = pointer<int64_t>(selected);
+  args.capped = capped, args.inner = inner, args.outer = outer;
+  return args;
+}
+
+void linear_logprob_cpu(uintptr_t logprob, uintptr_t logsumexp, uintptr_t slope, uintptr_t hidden,
+                        int64_t hidden_stride, uintptr_t weight, uintptr_t labels, uintptr_t bias, uintptr_t selected,
+                        int64_t rows, int64_t d, int64_t vocab, bool capped, float inner, float outer, int dtype,
+                        int threads) {
+  cpu::LinearLogprobArgs args = linear_logprob_args(hidden, hidden_stride, weight, labels, bias, selected, rows, d,
+                                                    vocab, capped, inner, outer, dtype);
+  args.logprob = pointer<float>(logprob), args.logsumexp = pointer<float>(logsumexp);
+  args.slope = pointer<void>(slope);
+  py::gil_scoped_release release;
+  cpu::parallel_for(threads, rows, kPanelGrain,
+                    [&](int64_t first, int64_t last) { kernels->linear_logprob(args, first, last); });
+}
+
+void linear_logprob_head_cpu(uintptr_t d_weight, uintptr_t d_bias, uintptr_t grad, uintptr_t logprob,
+                             uintptr_t logsumexp, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
+                             uintptr_t labels, uintptr_t bias, uintptr_t selected, int64_t rows, int64_t d,
+                             int64_t vocab, bool capped, float inner, float outer, int dtype, int threads) {
+  cpu::LinearLogprobArgs args = linear_logprob_args(hidden, hidden_stride, weight, labels, bias, selected, rows, d,
+                                                    vocab, capped, inner, outer, dtype);
+  args.d_weight = pointer<void>(d_weight), args.d_bias = pointer<void>(d_bias), args.grad = pointer<float>(grad);
+  args.logprob = pointer<float>(logprob), args.logsumexp = pointer<float>(logsumexp);
+  py::gil_scoped_release release;
+  // Sized for the widest panel and the longest word; what is not written is not memory.
+  const auto padded = [](int64_t n) { return (n + kPanelGrain - 1) / kPanelGrain * kPanelGrain; };
+  const std::unique_ptr<float[]> panels(new float[padded(rows) * d]);
+  const std::unique_ptr<float[]> across(new float[d_weight == 0 ? 0 : padded(d) * rows]);
+  args.panels = panels.get(), args.hidden_across = across.get();
+  kernels->linear_logprob_pack(args);
+  cpu::parallel_for(threads, vocab, kVocabGrain,
+                    [&](int64_t first, int64_t last) { kernels->linear_logprob_head(args, first, last); });
+}
+
+void linear_logprob_hidden_cpu(uintptr_t d_hidden, uintptr_t grad, uintptr_t slope, uintptr_t labels, int64_t rows,
+                               int64_t d, int64_t ignore_index, int dtype, int threads) {
+  cpu::LinearLogprobArgs args{};
+  args.dtype = dtype, args.rows = rows, args.d = d, args.ignore_index = ignore_index;
+  args.labels = pointer<int64_t>(labels), args.grad = pointer<float>(grad);
+  args.slope = pointer<void>(slope), args.d_hidden = pointer<void>(d_hidden);
+  py::gil_scoped_release release;
+  cpu::parallel_for(threads, rows, kRowGrain,
+                    [&](int64_t first, int64_t last) { kernels->linear_logprob_hidden(args, first, last); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["noise_version"] = noise::kVersion;
@@ -223,6 +281,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("gaussian_cpu", &gaussian_cpu);
   m.def("rademacher_cpu", &rademacher_cpu);
+  m.def("linear_logprob_cpu", &linear_logprob_cpu);
+  m.def("linear_logprob_head_cpu", &linear_logprob_head_cpu);
+  m.def("linear_logprob_hidden_cpu", &linear_logprob_hidden_cpu);
   m.def("svd_lora_cpu", &svd_lora_cpu);
   m.def("svd_lora_shrink_cpu", &svd_lora_shrink_cpu);
   m.def("svd_lora_expand_cpu", &svd_lora_expand_cpu);

@@ -11,6 +11,7 @@ import importlib.metadata as _metadata
 from .dispatch import explain
 from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
+from .ops.linear_logprob import linear_logprob
 from .ops.lora_perturbed import lora_perturbed
 from .ops.lowrank import lowrank_perturbed, lowrank_update_
 from .ops.noise import gaussian, rademacher
@@ -27,6 +28,7 @@ __all__ = [
     "env_report",
     "explain",
     "gaussian",
+    "linear_logprob",
     "lora_perturbed",
     "lowrank_perturbed",
     "lowrank_update_",

@@ -129,6 +129,79 @@ def lowrank_update_(
         # fmt: on
 
 
+def linear_logprob(
+    logprob: Tensor,
+    logsumexp: Tensor,
+    slope: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    """logprob, the logits' logsumexp and slope = d logprob / d hidden of every row whose label is not ignored."""
+    selected = (labels != ignore_index).nonzero()
+    # fmt: off
+    _run(
+        "linear_logprob", logprob, logprob.data_ptr(), logsumexp.data_ptr(), _address(slope), hidden.data_ptr(),
+        hidden.stride(0), weight.data_ptr(), labels.data_ptr(), _address(bias), selected.data_ptr(),
+        selected.shape[0], hidden.shape[1], weight.shape[0], *_bend(logit_scale, softcap, temperature),
+        DTYPE_CODE[hidden.dtype],
+    )
+    # fmt: on
+
+
+def linear_logprob_backward(
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    grad: Tensor,
+    slope: Tensor | None,
+    logprob: Tensor,
+    logsumexp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    """The gradients that are not None, from grad = d loss / d logprob and what `linear_logprob` left."""
+    rows, d = hidden.shape
+    dtype = DTYPE_CODE[hidden.dtype]
+    # fmt: off
+    if d_hidden is not None:
+        _run(
+            "linear_logprob_hidden", d_hidden, d_hidden.data_ptr(), grad.data_ptr(), _address(slope),
+            labels.data_ptr(), rows, d, ignore_index, dtype,
+        )
+    if d_weight is not None or d_bias is not None:
+        selected = (labels != ignore_index).nonzero()
+        _run(
+            "linear_logprob_head", grad, _address(d_weight), _address(d_bias), grad.data_ptr(), logprob.data_ptr(),
+            logsumexp.data_ptr(), hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), labels.data_ptr(),
+            _address(bias), selected.data_ptr(), selected.shape[0], d, weight.shape[0],
+            *_bend(logit_scale, softcap, temperature), dtype,
+        )
+    # fmt: on
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bend(logit_scale: float, softcap: float | None, temperature: float) -> tuple[bool, float, float]:
+    """Whether logits are capped, and the factors within and outside of the cap."""
+    if softcap is None:
+        return False, 1.0, logit_scale / temperature
+    return True, logit_scale / softcap, softcap / temperature
+
+
 def _run(kernel: str, result: Tensor, *arguments: float) -> None:
     """Run a kernel where its result is: on torch's threads, or on torch's current stream of that GPU."""
     if result.is_cpu:

@@ -71,6 +71,30 @@ struct LowrankUpdateArgs {
   int64_t pairs;
 };
 
+// linear_logprob and its gradients. Rows of hidden are [.., d]; those whose label is not ignored are `selected`.
+// logit = outer * raw, or where capped outer * tanh(inner * raw); inner is 1 where not capped.
+struct LinearLogprobArgs {
+  int dtype;  // of hidden, weight, bias, d_hidden, d_weight and d_bias
+  int64_t rows, d, vocab;   // of them selected
+  const int64_t* selected;  // [rows], ascending
+  const int64_t* labels;    // like the following, by row of hidden
+  const void* hidden;       // row stride hidden_stride
+  int64_t hidden_stride;
+  const void* weight;  // [vocab, d]
+  const void* bias;    // [vocab] or nullptr
+  bool capped;
+  float inner, outer;
+  int64_t ignore_index;
+  float *logprob, *logsumexp;
+  void* slope;               // d logprob / d hidden, of slope_dtype(dtype), or nullptr; rows of ignored labels undefined
+  const float* grad;         // d loss / d logprob
+  void *d_hidden, *d_weight, *d_bias;
+  float *panels, *hidden_across;  // hidden as linear_logprob_pack lays it out
+};
+
+// float16 has too little range for a gradient that is not yet scaled.
+constexpr int slope_dtype(int dtype) { return dtype == kBFloat16 ? kBFloat16 : kFloat32; }
+
 struct Kernels {
   const char* isa;
   // tiles [first, last) of the rows * tiles_per_row tiles
@@ -84,6 +108,14 @@ struct Kernels {
   void (*lowrank_shrink)(const PerturbedArgs&, int64_t first, int64_t last);
   void (*lowrank_expand)(const PerturbedArgs&, int64_t first, int64_t last);
   void (*lowrank_update)(const LowrankUpdateArgs&, int64_t first, int64_t last);
+  // selected rows [first, last)
+  void (*linear_logprob)(const LinearLogprobArgs&, int64_t first, int64_t last);
+  // fills panels and hidden_across
+  void (*linear_logprob_pack)(const LinearLogprobArgs&);
+  // d_weight and d_bias of words [first, last) of the vocabulary
+  void (*linear_logprob_head)(const LinearLogprobArgs&, int64_t first, int64_t last);
+  // d_hidden of rows [first, last) of hidden
+  void (*linear_logprob_hidden)(const LinearLogprobArgs&, int64_t first, int64_t last);
 };
 
 #define ESSA_DECLARE_KERNELS(ISA)                                                          \
@@ -96,6 +128,10 @@ struct Kernels {
   void lowrank_shrink(const PerturbedArgs& args, int64_t first, int64_t last);             \
   void lowrank_expand(const PerturbedArgs& args, int64_t first, int64_t last);             \
   void lowrank_update(const LowrankUpdateArgs& args, int64_t first, int64_t last);         \
+  void linear_logprob(const LinearLogprobArgs& args, int64_t first, int64_t last);         \
+  void linear_logprob_pack(const LinearLogprobArgs& args);                                 \
+  void linear_logprob_head(const LinearLogprobArgs& args, int64_t first, int64_t last);    \
+  void linear_logprob_hidden(const LinearLogprobArgs& args, int64_t first, int64_t last);  \
   }
 ESSA_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -34,6 +34,13 @@ ESSA_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a); }
 ESSA_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 ESSA_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 ESSA_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+ESSA_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+ESSA_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }  // of max and min: b where either is NaN
+ESSA_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+// where a < b: x, else y
+ESSA_INLINE vf select_less(vf a, vf b, vf x, vf y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 ESSA_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 ESSA_INLINE vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
 ESSA_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a); }
@@ -95,6 +102,10 @@ ESSA_INLINE void store(float* p, vf a) { _mm256_storeu_ps(p, a); }
 ESSA_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 ESSA_INLINE vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 ESSA_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+ESSA_INLINE vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+ESSA_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+ESSA_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+ESSA_INLINE vf select_less(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 ESSA_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 ESSA_INLINE vf sqrt(vf a) { return _mm256_sqrt_ps(a); }
 ESSA_INLINE float sum(vf a) {
@@ -165,6 +176,13 @@ ESSA_INLINE void store(float* p, vf a) { __builtin_memcpy(p, &a, 16); }
 ESSA_INLINE vf add(vf a, vf b) { return a + b; }
 ESSA_INLINE vf sub(vf a, vf b) { return a - b; }
 ESSA_INLINE vf mul(vf a, vf b) { return a * b; }
+ESSA_INLINE vf div(vf a, vf b) { return a / b; }
+ESSA_INLINE vf select_less(vf a, vf b, vf x, vf y) {
+  const vi mask = (vi)(a < b);
+  return (vf)(((vi)x & mask) | ((vi)y & ~mask));
+}
+ESSA_INLINE vf max(vf a, vf b) { return select_less(b, a, a, b); }
+ESSA_INLINE vf min(vf a, vf b) { return select_less(a, b, a, b); }
 // One rounding, by the machine's instruction or by libm: the noise contract needs it.
 ESSA_INLINE vf fma(vf a, vf b, vf c) {
   return vf{__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]), __builtin_fmaf(a[2], b[2], c[2]),
