@@ -16,7 +16,7 @@ SIZES = (1 << 16, 1 << 20, 1 << 22)
 @pytest.mark.parametrize("size", SIZES)
 def test_gaussian(benchmark, record, size):
     out = torch.empty(size)
-    calls = max(1, (1 << 20) // size)
+    calls = max(4, (1 << 21) // size)
     benchmark(gaussian, (size,), KEY, out=out)
     ours, rival = timed(lambda: gaussian((size,), KEY, out=out), calls), timed(out.normal_, calls)
     record(compare(f"gaussian, {size} values", ours, "torch.Tensor.normal_", rival, rounds=25))
@@ -25,7 +25,7 @@ def test_gaussian(benchmark, record, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_rademacher(benchmark, record, size):
     out = torch.empty(size)
-    calls = max(1, (1 << 20) // size)
+    calls = max(4, (1 << 21) // size)
     benchmark(rademacher, (size,), KEY, out=out)
     ours = timed(lambda: rademacher((size,), KEY, out=out), calls)
     rival = timed(lambda: out.bernoulli_(0.5), calls)

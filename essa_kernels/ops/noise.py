@@ -71,7 +71,7 @@ def _draw(op, call, shape, key, member, out, device, backend) -> Tensor:
     member = check_integer(f"{op}: member", member, MEMBER_END)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=device)
-    else:
+    elif device is not None or not _fits(out, shape):
         _check_out(op, out, shape, device)
     call(out, seed, generation, site, member, backend)
     return out
@@ -87,6 +87,16 @@ def _check_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"{op}: shape must have no negative size, got {list(sizes)}")
     check_counter(op, "shape", sizes, *_matrix(sizes), op)
     return sizes
+
+
+def _fits(out: object, shape: tuple[int, ...]) -> bool:
+    return (
+        isinstance(out, Tensor)
+        and out.shape == shape
+        and out.dtype is torch.float32
+        and out.is_contiguous()
+        and not out.requires_grad
+    )
 
 
 def _check_out(op: str, out: Tensor, shape: tuple[int, ...], device: torch.device | str | None) -> None:
@@ -105,6 +115,8 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], device: torch.devic
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the logical matrix."""
+    if len(shape) == 1:
+        return 1, shape[0]
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
@@ -112,7 +124,7 @@ def _register(op: str):
     def run(out: Tensor, seed: int, generation: int, site: int, member: int, backend: str | None = None) -> None:
         implementation = dispatch.resolve(op, out.device, backend)
         if out.numel():
-            implementation(out.view(_matrix(out.shape)), seed % 2**64, generation, site, member)
+            implementation(out if out.dim() == 2 else out.view(_matrix(out.shape)), seed % 2**64, generation, site, member)
             increment_version(out)
 
     def fake(out, seed, generation, site, member, backend=None) -> None:
