@@ -1,9 +1,12 @@
 // ESSA's population forward: y += U_B (s_B[m] * (core (s_A[m] * (V_A x)))), rows grouped by member.
 //
 // A block of rows goes through shrink, core and expand while it is in cache. Shrink is a block of dot products along
-// d_in, straight from x and v_a in their own dtype. Expand packs a column block of u_b once per row block (rank-major,
-// fp32) and then keeps a rows x columns tile of y in registers. A row's arithmetic does not depend on which block or
-// thread it falls into, so results are the same for every thread count.
+// d_in, straight from x and v_a in their own dtype. Expand packs a panel of u_b, as many columns as stay in L2 (rank-
+// major, fp32), walks a few rows of y at a time along it, so that y streams, and keeps a rows x columns tile of y in
+// registers. A row's arithmetic does not depend on which block or thread it falls into, so results are the same for
+// every thread count.
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 #include "storage.h"
@@ -13,7 +16,7 @@ namespace cpu {
 namespace ESSA_ISA {
 namespace {
 
-constexpr int kRowBlock = 64;
+constexpr int kRowBlock = 512;
 constexpr int kMaxCoreBlock = 4;  // vectors of r_b the core keeps in registers
 
 // How a dtype is read, and what one step of a dot product is. A pack holds `kStep` elements in an order that is the
@@ -65,6 +68,10 @@ struct BFloat16 : Storage<kBFloat16> {
   }
 };
 
+// The rows that come next, while these are computed: they are strided, and the base layer's weights have pushed them out
+// of the cache. An address past the end does no harm.
+ESSA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // --- shrink: t[i, k] = sum_d x[i, d] v[k, d] ---------------------------------------------------------------------
@@ -89,7 +96,10 @@ ESSA_INLINE void shrink_tile(const typename T::Element* x, int64_t x_stride, con
     }
   };
   int64_t at = 0;
-  for (; at + T::kStep <= d; at += T::kStep) step(x + at, x_stride, v + at, d);
+  for (; at + T::kStep <= d; at += T::kStep) {
+    for (int i = 0; i < M; ++i) prefetch(x + (M + i) * x_stride + at);
+    step(x + at, x_stride, v + at, d);
+  }
   if (at < d) {
     Element x_tail[M][T::kStep] = {}, v_tail[K][T::kStep] = {};
     for (int i = 0; i < M; ++i) __builtin_memcpy(x_tail[i], x + i * x_stride + at, (d - at) * sizeof(Element));
@@ -182,6 +192,22 @@ constexpr int kExpandRows = W == 16 ? 6 : 4;
 constexpr int kExpandVectors = W == 16 ? 4 : (W == 8 ? 3 : 2);
 constexpr int kExpandColumns = kExpandVectors * W;
 
+constexpr int64_t kPanelFloats = 1 << 15;
+
+// W rows of u_b, rank-contiguous and without gaps, as `ranks` vectors.
+template <class T>
+ESSA_INLINE void pack_rows(const typename T::Element* u, int64_t ranks, float* packed) {
+  constexpr int64_t kRanks = 64;
+  alignas(64) float rows[W * kRanks];
+  for (int64_t n = 0; n < ranks * W; n += W) store(rows + n, T::get(u + n));
+  for (int64_t k = 0; k + 4 <= ranks; k += 4) {
+    vf m[4];
+    for (int q = 0; q < 4; ++q) m[q] = load_lanes(rows + q * ranks + k, 4 * ranks);
+    transpose_lanes(m);
+    for (int q = 0; q < 4; ++q) store(packed + (k + q) * kExpandColumns, m[q]);
+  }
+}
+
 // packed [r_b, kExpandColumns]: column j of the block is row j of u_b; beyond `columns` zero
 template <class T>
 void pack_u(const SvdLoraArgs& args, int64_t j, int columns, float* packed) {
@@ -191,6 +217,11 @@ void pack_u(const SvdLoraArgs& args, int64_t j, int columns, float* packed) {
     for (int64_t k = 0; k < args.r_b; ++k)
       for (int n = 0; n < kExpandColumns; n += W)
         store(packed + k * kExpandColumns + n, T::get(u + k * args.u_b_col_stride + n));
+    return;
+  }
+  const bool dense = args.u_b_col_stride == 1 && args.u_b_row_stride == args.r_b;
+  if (columns == kExpandColumns && dense && args.r_b % 4 == 0 && args.r_b <= 64) {
+    for (int n = 0; n < kExpandColumns; n += W) pack_rows<T>(u + n * args.r_b, args.r_b, packed + n);
     return;
   }
   for (int n = 0; n < columns; ++n)
@@ -219,7 +250,8 @@ ESSA_INLINE void expand_tile(const float* h, int64_t h_stride, const float* pack
     Element* row = y + i * y_stride;
     if (columns == kExpandColumns) {
       for (int n = 0; n < kExpandVectors; ++n) T::put(row + n * W, add(T::get(row + n * W), sums[i][n]));
-      __builtin_prefetch(row + 2 * kExpandColumns, 1);
+      for (int byte = 0; byte < kExpandColumns * (int)sizeof(Element); byte += 64)
+        prefetch((const char*)(row + M * y_stride) + byte);
       continue;
     }
     Element edge[kExpandColumns] = {};
@@ -229,33 +261,55 @@ ESSA_INLINE void expand_tile(const float* h, int64_t h_stride, const float* pack
   }
 }
 
+// M rows of y along a panel.
+template <class T, int M>
+void expand_rows(const SvdLoraArgs& args, const float* h, int64_t h_stride, const float* panel, int64_t columns,
+                 typename T::Element* y) {
+  for (int64_t j = 0; j < columns; j += kExpandColumns, panel += args.r_b * kExpandColumns) {
+    const int64_t left = columns - j;
+    expand_tile<T, M>(h, h_stride, panel, args.r_b, y + j, args.y_stride,
+                      (int)(left < kExpandColumns ? left : kExpandColumns));
+  }
+}
+
+int64_t panel_columns(const SvdLoraArgs& args) {
+  const int64_t blocks = kPanelFloats / (args.r_b * kExpandColumns);
+  const int64_t columns = (blocks > 1 ? blocks : 1) * kExpandColumns, all = round_up(args.d_out, kExpandColumns);
+  return columns < all ? columns : all;
+}
+
 template <class T>
-void expand(const SvdLoraArgs& args, int64_t first, int64_t rows, const float* h, int64_t h_stride, float* packed) {
+void expand(const SvdLoraArgs& args, int64_t first, int64_t rows, const float* h, int64_t h_stride, float* panel) {
   typedef typename T::Element Element;
-  for (int64_t j = 0; j < args.d_out; j += kExpandColumns) {
-    const int columns = (int)(args.d_out - j < kExpandColumns ? args.d_out - j : kExpandColumns);
-    pack_u<T>(args, j, columns, packed);
-    Element* y = (Element*)args.y + first * args.y_stride + j;
+  const int64_t width = panel_columns(args);
+  for (int64_t at = 0; at < args.d_out; at += width) {
+    const int64_t columns = args.d_out - at < width ? args.d_out - at : width;
+    for (int64_t j = 0; j < columns; j += kExpandColumns)
+      pack_u<T>(args, at + j, (int)(columns - j < kExpandColumns ? columns - j : kExpandColumns),
+                panel + j * args.r_b);
+    Element* y = (Element*)args.y + first * args.y_stride + at;
     int64_t i = 0;
-    for (; i + kExpandRows <= rows; i += kExpandRows)
-      expand_tile<T, kExpandRows>(h + i * h_stride, h_stride, packed, args.r_b, y + i * args.y_stride, args.y_stride,
-                                  columns);
-    for (; i < rows; ++i)
-      expand_tile<T, 1>(h + i * h_stride, h_stride, packed, args.r_b, y + i * args.y_stride, args.y_stride, columns);
+    const auto take = [&](auto count) {
+      expand_rows<T, count()>(args, h + i * h_stride, h_stride, panel, columns, y + i * args.y_stride);
+      i += count();
+    };
+    while (i + kExpandRows <= rows) take(std::integral_constant<int, kExpandRows>());
+    while (i + 2 <= rows) take(std::integral_constant<int, 2>());
+    if (i < rows) take(std::integral_constant<int, 1>());
   }
 }
 
 template <class T>
 void run(const SvdLoraArgs& args, int64_t first, int64_t last) {
   const bool shrinks = args.x != nullptr, expands = args.y != nullptr;
-  const int64_t r_b_padded = round_up(args.r_b, W);
-  const int64_t core_size = shrinks ? args.r_a * r_b_padded : 0, t_size = shrinks ? kRowBlock * args.r_a : 0;
-  const int64_t packed_size = expands ? args.r_b * kExpandColumns : 0;
-  float* core_t = scratch(round_up(core_size, 16) + round_up(t_size, 16) + round_up(packed_size, 16) +
-                          kRowBlock * r_b_padded);
+  const int64_t r_b_padded = round_up(args.r_b, W), block = last - first < kRowBlock ? last - first : kRowBlock;
+  const int64_t core_size = shrinks ? args.r_a * r_b_padded : 0, t_size = shrinks ? block * args.r_a : 0;
+  const int64_t panel_size = expands ? args.r_b * panel_columns(args) : 0;
+  float* core_t = scratch(round_up(core_size, 16) + round_up(t_size, 16) + round_up(panel_size, 16) +
+                          block * r_b_padded);
   float* t = core_t + round_up(core_size, 16);
-  float* packed = t + round_up(t_size, 16);
-  float* h_block = packed + round_up(packed_size, 16);
+  float* panel = t + round_up(t_size, 16);
+  float* h_block = panel + round_up(panel_size, 16);
   if (shrinks) pack_core(args, core_t, r_b_padded);
 
   for (int64_t row = first; row < last; row += kRowBlock) {
@@ -266,7 +320,7 @@ void run(const SvdLoraArgs& args, int64_t first, int64_t last) {
       shrink<T>(args, row, rows, t, args.r_a);
       apply_core(args, row, rows, t, args.r_a, core_t, h, h_stride);
     }
-    if (expands) expand<T>(args, row, rows, h, h_stride, packed);
+    if (expands) expand<T>(args, row, rows, h, h_stride, panel);
   }
 }
 

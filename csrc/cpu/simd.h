@@ -74,9 +74,29 @@ ESSA_INLINE vi interleave32(vi even, vi odd) {
   return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
 }
 
+// Four floats from each of four places, one place per 128-bit lane.
+ESSA_INLINE vf load_lanes(const float* p, int64_t stride) {
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  const __m256 high =
+      _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)), _mm_loadu_ps(p + 3 * stride), 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+// Within each 128-bit lane, the 4x4 matrix whose rows are four vectors.
+ESSA_INLINE void transpose_lanes(vf m[4]) {
+  const vf a = _mm512_unpacklo_ps(m[0], m[1]), b = _mm512_unpackhi_ps(m[0], m[1]);
+  const vf c = _mm512_unpacklo_ps(m[2], m[3]), d = _mm512_unpackhi_ps(m[2], m[3]);
+  m[0] = _mm512_shuffle_ps(a, c, 0x44), m[1] = _mm512_shuffle_ps(a, c, 0xee);
+  m[2] = _mm512_shuffle_ps(b, d, 0x44), m[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+
 ESSA_INLINE vf load_bf16(const uint16_t* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+#if defined(__AVX512BF16__)
+ESSA_INLINE void store_bf16(uint16_t* p, vf a) {  // flushes subnormals to zero
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a));
+}
+#else
 ESSA_INLINE void store_bf16(uint16_t* p, vf a) {
   const __m512i bits = as_int(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -84,6 +104,7 @@ ESSA_INLINE void store_bf16(uint16_t* p, vf a) {
   rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+#endif
 ESSA_INLINE vf load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 ESSA_INLINE void store_fp16(uint16_t* p, vf a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -138,6 +159,16 @@ ESSA_INLINE vi addi64(vi a, vi b) { return _mm256_add_epi64(a, b); }
 ESSA_INLINE vi mul_low32(vi a, vi b) { return _mm256_mul_epu32(a, b); }
 ESSA_INLINE vi high32(vi a) { return _mm256_srli_epi64(a, 32); }
 ESSA_INLINE vi interleave32(vi even, vi odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+
+ESSA_INLINE vf load_lanes(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+ESSA_INLINE void transpose_lanes(vf m[4]) {
+  const vf a = _mm256_unpacklo_ps(m[0], m[1]), b = _mm256_unpackhi_ps(m[0], m[1]);
+  const vf c = _mm256_unpacklo_ps(m[2], m[3]), d = _mm256_unpackhi_ps(m[2], m[3]);
+  m[0] = _mm256_shuffle_ps(a, c, 0x44), m[1] = _mm256_shuffle_ps(a, c, 0xee);
+  m[2] = _mm256_shuffle_ps(b, d, 0x44), m[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
 
 ESSA_INLINE vf load_bf16(const uint16_t* p) {
   return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -218,6 +249,12 @@ ESSA_INLINE vi addi64(vi a, vi b) { return (vi)((vl)a + (vl)b); }
 ESSA_INLINE vi mul_low32(vi a, vi b) { return (vi)(((vl)a & 0xffffffffu) * ((vl)b & 0xffffffffu)); }
 ESSA_INLINE vi high32(vi a) { return (vi)((vl)a >> 32); }
 ESSA_INLINE vi interleave32(vi even, vi odd) { return (vi)(((vl)even & 0xffffffffu) | ((vl)odd << 32)); }
+
+ESSA_INLINE vf load_lanes(const float* p, int64_t) { return load(p); }
+ESSA_INLINE void transpose_lanes(vf m[4]) {
+  const vf a = m[0], b = m[1], c = m[2], d = m[3];
+  for (int i = 0; i < 4; ++i) m[i] = vf{a[i], b[i], c[i], d[i]};
+}
 
 ESSA_INLINE vf load_bf16(const uint16_t* p) {
   return (vf)vi{(uint32_t)p[0] << 16, (uint32_t)p[1] << 16, (uint32_t)p[2] << 16, (uint32_t)p[3] << 16};
