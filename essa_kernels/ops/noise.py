@@ -124,7 +124,9 @@ def _register(op: str):
     def run(out: Tensor, seed: int, generation: int, site: int, member: int, backend: str | None = None) -> None:
         implementation = dispatch.resolve(op, out.device, backend)
         if out.numel():
-            implementation(out if out.dim() == 2 else out.view(_matrix(out.shape)), seed % 2**64, generation, site, member)
+            implementation(
+                out if out.dim() == 2 else out.view(_matrix(out.shape)), seed % 2**64, generation, site, member
+            )
             increment_version(out)
 
     def fake(out, seed, generation, site, member, backend=None) -> None:
