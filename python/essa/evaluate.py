@@ -42,7 +42,7 @@ def evaluate(
     rewards: Rewards,
     *,
     space: Any = None,
-    values: torch.Tensor | None = None,
+    values: Any = None,
     max_new_tokens: int,
     row_budget: int,
     trainer_state: Any = None,
@@ -50,8 +50,8 @@ def evaluate(
     """Complete every prompt greedily and rate the completions.
 
     Args:
-        space, values: an `SVDLoRA` and its singular values, float32 [size]; both None takes the model as it is, with
-            whatever adapter is active.
+        space, values: a parametrisation and one member of it; both None takes the model as it is, with whatever adapter
+            is active.
 
     Returns:
         `reward`: the mean (with 0/1 rewards, the accuracy); `samples`, `tokens`, `seconds`.
@@ -65,7 +65,7 @@ def evaluate(
         processing_class,
         prompts.texts,
         space=space,
-        values=None if values is None else values[None],
+        values=values,
         max_new_tokens=max_new_tokens,
         row_budget=row_budget,
     )

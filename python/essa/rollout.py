@@ -1,7 +1,8 @@
 """Completions of a whole population: every member's model answers prompts, many rows to a batch.
 
-The rows, one for each completion, are cut into batches of `row_budget` and nothing else decides the cut, so a completion
-does not depend on the hardware or on who computes it. Rows that have ended leave the batch.
+The rows, one for each completion in the order of members and of prompts within a member, are cut into batches of
+`row_budget` and nothing else decides the cut, so a completion does not depend on the hardware or on who computes it.
+Rows that have ended leave the batch.
 
 Sampling draws one uniform number a token from the noise contract, keyed by seed, generation, member, prompt and position,
 and looks it up in the cumulated probabilities. It is the same number whichever batch the row is in.
@@ -74,6 +75,7 @@ def generate(
     seed: int = 0,
     generation: int = 0,
     row_budget: int = 256,
+    rows: range | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Complete the prompts with every member of a population.
@@ -92,6 +94,7 @@ def generate(
         temperature: 0 takes the likeliest token (the first of equals); above 0 samples.
         seed, generation: the key of the sampling.
         row_budget: the most rows in a batch.
+        rows: complete these rows only; None completes all.
         progress: called after each batch with the completions done and the completions in all.
 
     Raises:
@@ -105,35 +108,46 @@ def generate(
     if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
         raise InputError(f"temperature must be a finite number of at least 0, got {temperature!r}")
     members = _members(space, values, assignment, len(prompts))
+    count = members if assignment == "per_prompt" else members * len(prompts)
+    rows = range(count) if rows is None else rows
+    owners = list(owners_of(rows, assignment, members, len(prompts)))
     base = bare(model)
-    encoded = _encode(base, processing_class, prompts, max_new_tokens)
+    encoded = _encode(base, processing_class, {prompt: prompts[prompt] for _, prompt in owners}, max_new_tokens)
     ends = _end_tokens(base, processing_class)
 
-    draws = members // len(prompts)
-    rows = [(m, m // draws) for m in range(members)] if assignment == "per_prompt" else []
-    rows = rows or [(m, prompt) for m in range(members) for prompt in range(len(prompts))]
     decoder = _Decoder(base, ends, max_new_tokens)
     key = essa_kernels.NoiseKey(seed, generation, SAMPLING_SITE)
     generated: list[list[int]] = []
     with torch.inference_mode(), _evaluating(base):
-        for start in range(0, len(rows), row_budget):
-            batch = rows[start : start + row_budget]
+        for part in batches(range(len(rows)), row_budget):
+            batch = owners[part.start : part.stop]
             pick = _Sampler(key, batch, len(prompts), max_new_tokens, temperature) if temperature else _greedy
             ids = [encoded[prompt] for _, prompt in batch]
             if space is None or values is None:
                 generated += decoder.run(ids, pick)
             else:
                 first, last = batch[0][0], batch[-1][0]
-                owners = torch.tensor([member - first for member, _ in batch])
+                attached = torch.tensor([member - first for member, _ in batch])
                 with space.attach(values[first : last + 1]) as population:
-                    generated += decoder.run(ids, pick, functools.partial(_assign, population, owners))
+                    generated += decoder.run(ids, pick, functools.partial(_assign, population, attached))
             if progress is not None:
                 progress(len(generated), len(rows))
 
     completions: list[list[Completion]] = [[] for _ in range(members)]
-    for (member, _), completion in zip(rows, _decode(processing_class, generated, ends), strict=True):
+    for (member, _), completion in zip(owners, _decode(processing_class, generated, ends), strict=True):
         completions[member].append(completion)
     return Rollout(completions, sum(map(len, generated)), time.perf_counter() - started)
+
+
+def owners_of(rows: range, assignment: str, members: int, prompts: int) -> Iterator[tuple[int, int]]:
+    """Whose completion each row is, and of which prompt: (member, place among the prompts)."""
+    for row in rows:
+        yield divmod(row, prompts) if assignment == "all" else (row, row * prompts // members)
+
+
+def batches(rows: range, row_budget: int) -> list[range]:
+    """Rows cut into batches of at most ``row_budget``."""
+    return [rows[start : start + row_budget] for start in range(0, len(rows), row_budget)]
 
 
 class _Decoder:
@@ -259,12 +273,12 @@ def _members(space: SVDLoRA | None, values: Tensor | None, assignment: str, prom
     return members
 
 
-def _encode(model: Any, processing_class: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def _encode(model: Any, processing_class: Any, prompts: dict[int, str], max_new_tokens: int) -> dict[int, list[int]]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model must be a decoder-only language model, got {type(model).__name__}")
-    encoded = processing_class(list(prompts))["input_ids"]
+    encoded = dict(zip(prompts, processing_class(list(prompts.values()))["input_ids"], strict=True))
     context, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
-    for number, ids in enumerate(encoded):
+    for number, ids in encoded.items():
         if not ids:
             raise InputError(f"prompt {number}: the tokenizer makes no token of {prompts[number][:80]!r}")
         if context is not None and len(ids) + max_new_tokens > context:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +22,14 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 import essa_kernels
 from essa.checkpoint import Run
+from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts, evaluate
 from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer
 from essa.progress import Progress
-from essa.rewards import Answer, Reward, RewardError, Rewards
-from essa.rollout import generate
-from essa.scoring import log_probabilities
-from essa.strategies import Score, Strategy, make_strategy
-from essa_kernels.nn import SVDLoRA
+from essa.rewards import Reward, RewardError, Rewards
+from essa.search import Search, adapter_name
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +84,18 @@ class ESSATrainer:
         self.train_prompts: Prompts = check(train_dataset, name="train_dataset")
         self.eval_prompts: Prompts | None = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
         self._sampler = PromptSampler(len(self.train_prompts), args.prompts_per_generation, args.seed)
-        adapter_name = _adapter_name(self.model)
-        try:
-            self.space = SVDLoRA.from_peft(self.model, adapter_name)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
-        self._searched = self.space.top(args.alpha)
-        self._fingerprint = fingerprint(self.model, adapter_name)
+        self.search = Search(self.model, args)
+        self._fingerprint = fingerprint(self.model, adapter_name(self.model))
+        task = Task(
+            self.model,
+            self.processing_class,
+            self.train_prompts,
+            self.rewards,
+            args.max_new_tokens,
+            args.seed,
+            args.row_budget,
+        )
+        self._evaluator = Local(task, self.search)
         self.callbacks = _make_callbacks(callbacks, args.report_to)
         self.about: dict[str, Any] = {}
         """Further facts for `run.json`, such as the command that started the run."""
@@ -131,9 +133,10 @@ class ESSATrainer:
                 except KeyboardInterrupt:
                     progress.say(self._how_to_resume())
                     raise
-                self.values = self._final_values()
+                if self._best is not None:
+                    self.search.take(self._best)
                 self.save_model()
-                self.space.load_(self.values)
+                self.search.load_()
                 self._emit("on_train_end")
         finally:
             run.close()
@@ -148,36 +151,10 @@ class ESSATrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the current mean as an ordinary PEFT adapter folder, by default to `args.output_dir/adapter`."""
-        self.space.save_adapter(self.values, output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
-
-    def _new_strategy(self) -> Strategy:
-        args = self.args
-        try:
-            return make_strategy(
-                args.strategy,
-                dim=len(self._searched),
-                population_size=args.population_size,
-                prompts_per_generation=args.prompts_per_generation,
-                seed=args.seed,
-                sigma=args.sigma,
-                lr=args.learning_rate,
-                temperature=args.temperature,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
-
-    def _resolved(self) -> dict[str, Any]:
-        """The settings whose default is the strategy's own, as they are before the first generation."""
-        return {"strategy": self._strategy.name, "sigma": float(self._strategy.sigma), "temperature": self._temperature}
-
-    @property
-    def _temperature(self) -> float:
-        own = self.args.temperature
-        return self._strategy.temperature if own is None else own
+        self.search.save(output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
 
     def _reset(self) -> None:
-        self._strategy = self._new_strategy()
-        self.values = self.space.spectrum.clone()
+        self.search.reset()
         self.state: TrainerState = TrainerState(
             max_steps=self.args.generations,
             logging_steps=self.args.logging_steps,
@@ -187,7 +164,7 @@ class ESSATrainer:
         self.control = TrainerControl()
         self.samples, self.tokens, self.seconds = 0, 0, 0.0
         self.evaluations: dict[int, dict[str, float]] = {}
-        self._best_values = self.values
+        self._best: Any = None
 
     # The run on disk
 
@@ -204,9 +181,9 @@ class ESSATrainer:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "settings": {**self.args.fixed(), **self._resolved()},
+            "settings": {**self.args.fixed(), **self.search.resolved()},
             "noise_version": essa_kernels.NOISE_VERSION,
-            "model": {**self._fingerprint, "searched_values": len(self._searched)},
+            "model": {**self._fingerprint, "searched_values": self.search.dim},
             "dataset": self.train_prompts.fingerprint(),
             "eval_dataset": None if self.eval_prompts is None else self.eval_prompts.fingerprint(),
             "rewards": self.rewards.names,
@@ -229,14 +206,13 @@ class ESSATrainer:
                 continue
             if record["generation"] != step or record["prompts"] != self._sampler.indices(step):
                 raise InputError(f"the history in {str(run.directory)!r} is not one of this run: at generation {step}")
-            if _digest(self._strategy.ask(step)) != record["candidates"]:
+            if not self.search.replay(record):
                 logger.warning(
                     "generation %d: the replayed candidates differ from the recorded ones (another machine or other "
                     "library versions?); the run continues, but not bit for bit as it would have",
                     step,
                 )
-            recorded = iter(record.get("scores", []))
-            self._tell(record, lambda *_, recorded=recorded: np.array(next(recorded)))
+            self._told(record)
         if self.state.global_step > self.args.generations:
             raise InputError(
                 f"generations must be at least the {self.state.global_step} the run already has, "
@@ -282,90 +258,32 @@ class ESSATrainer:
         started = time.perf_counter()
         step = self.state.global_step
         chosen = self._sampler.indices(step)
-        offsets = self._strategy.ask(step)
-        rollout = generate(
-            self.model,
-            self.processing_class,
-            [self.train_prompts.texts[i] for i in chosen],
-            space=self.space,
-            values=self._values(offsets),
-            assignment=self._strategy.assignment,
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self._temperature,
-            seed=self.args.seed,
-            generation=step,
-            row_budget=self.args.row_budget,
-        )
-        answers = self._answers(rollout.completions, chosen)
-        rewards = self.rewards(self.train_prompts, answers, self.state).reshape(len(offsets), -1)
+        chunk = self._evaluator.evaluate(step, chosen, self.state)
+        rewards = np.array(chunk.rewards).reshape(self.args.population_size, -1)
         record = {
             "generation": step,
             "prompts": chosen,
-            "candidates": _digest(offsets),
+            "candidates": self.search.digest(step),
             "rewards": rewards.tolist(),
-            "samples": len(answers),
-            "tokens": rollout.tokens,
-            "rollout_seconds": rollout.seconds,
+            "samples": rewards.size,
+            "tokens": chunk.tokens,
+            "rollout_seconds": chunk.seconds,
         }
         scores: list[list[float]] = []
 
         def score(members: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-            scores.append(self._score(chosen, answers, members, offsets))
+            scores.append(self._evaluator.score(members, offsets))
             return np.array(scores[-1])
 
-        self._strategy.tell(step, rewards, score)
+        self.search.tell(step, rewards, score)
         if scores:
             record["scores"] = scores
         record["seconds"] = time.perf_counter() - started
         run.append(record)
         self._told(record)
-        return {**self._metrics(record), **self.rewards.metrics}
-
-    def _values(self, offsets: np.ndarray) -> torch.Tensor:
-        """Singular values for offsets [members, dim]: float32 [members, size]."""
-        offset = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32))
-        start = self.space.spectrum[self._searched]
-        searched = start + offset if self.args.offset_mode == "absolute" else start * (1.0 + offset)
-        values = self.space.spectrum.repeat(len(offsets), 1)
-        values[:, self._searched] = searched
-        return values
-
-    def _answers(self, completions: list[list[Any]], chosen: list[int]) -> list[Answer]:
-        per_prompt = max(1, len(completions) // len(chosen))
-        return [
-            Answer(
-                member=member,
-                prompt=chosen[member // per_prompt if self._strategy.assignment == "per_prompt" else place],
-                text=completion.text,
-                token_ids=completion.token_ids,
-            )
-            for member, row in enumerate(completions)
-            for place, completion in enumerate(row)
-        ]
-
-    def _score(self, chosen: list[int], answers: list[Answer], members: np.ndarray, offsets: np.ndarray) -> list[float]:
-        """`Strategy.tell`'s question: how likely are the members' completions, each at an offset of its own?"""
-        encoded = dict(
-            zip(chosen, self.processing_class([self.train_prompts.texts[i] for i in chosen])["input_ids"], strict=True)
-        )
-        first = {answer.member: answer for answer in reversed(answers)}
-        asked = [first[member] for member in members.tolist()]
-        return log_probabilities(
-            self.model,
-            [encoded[answer.prompt] for answer in asked],
-            [answer.token_ids for answer in asked],
-            space=self.space,
-            values=self._values(offsets),
-            temperature=self._temperature or 1.0,
-            row_budget=self.args.row_budget,
-        ).tolist()
-
-    def _tell(self, record: dict[str, Any], score: Score) -> None:
-        self._strategy.tell(record["generation"], np.array(record["rewards"], dtype=np.float64), score)
-        self._told(record)
+        return {**self._metrics(record), **chunk.metrics}
 
     def _told(self, record: dict[str, Any]) -> None:
-        self.values = self._values(self._strategy.mean[None])[0]
         self.samples += record["samples"]
         self.tokens += record["tokens"]
         self.seconds += record["seconds"]
@@ -375,12 +293,13 @@ class ESSATrainer:
     def _metrics(self, record: dict[str, Any]) -> dict[str, float]:
         rewards = np.array(record["rewards"])
         # A member that answers a single prompt has no mean of its own to be the best of.
-        best = {} if self._strategy.assignment == "per_prompt" else {"reward_best": float(rewards.mean(axis=1).max())}
+        own_prompt = self.search.strategy.assignment == "per_prompt"
+        best = {} if own_prompt else {"reward_best": float(rewards.mean(axis=1).max())}
         return {
             "reward": float(rewards.mean()),
             **best,
             "reward_std": float(rewards.mean(axis=1).std()),
-            "sigma": float(self._strategy.sigma),
+            "sigma": float(self.search.strategy.sigma),
             "completions/mean_length": record["tokens"] / record["samples"],
             "samples": self.samples,
             "num_tokens": self.tokens,
@@ -411,8 +330,8 @@ class ESSATrainer:
             self.processing_class,
             self.eval_prompts,
             self.rewards,
-            space=self.space,
-            values=self.values,
+            space=self.search.space,
+            values=self.search.solution,
             max_new_tokens=self.args.max_new_tokens,
             row_budget=self.args.row_budget,
             trainer_state=self.state,
@@ -423,11 +342,8 @@ class ESSATrainer:
         self.evaluations[step] = evaluation
         if self.state.best_metric is None or evaluation["reward"] > self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = evaluation["reward"], step
-            self._best_values = self.values
-
-    def _final_values(self) -> torch.Tensor:
-        take_best = self.args.load_best_model_at_end and self.evaluations
-        return self._best_values if take_best else self.values
+            if self.args.load_best_model_at_end:
+                self._best = self.search.keep()
 
     def _summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -483,14 +399,6 @@ def _model_name(model: Any) -> str:
     return model.config._name_or_path
 
 
-def _adapter_name(model: Any) -> str:
-    active = model.active_adapters
-    active = active() if callable(active) else active
-    if len(active) != 1:
-        raise InputError(f"exactly one LoRA adapter must be active, got {', '.join(map(repr, active)) or 'none'}")
-    return active[0]
-
-
 def _make_callbacks(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None, report_to: str
 ) -> list[TrainerCallback]:
@@ -507,7 +415,3 @@ def _make_callbacks(
         if not isinstance(callback, TrainerCallback):
             raise InputError(f"callbacks must be transformers TrainerCallbacks, got {type(callback).__name__}")
     return made
-
-
-def _digest(offsets: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(offsets, dtype="<f4").tobytes()).hexdigest()[:16]

@@ -278,18 +278,19 @@ def test_models_that_carry_their_adapter(reference, make_trainer, warm_start):
 
 def test_alpha_and_offset_mode_decide_which_values_move_and_how(make_trainer):
     trainer = make_trainer(alpha=0.5, offset_mode="relative")
-    searched, start = trainer.space.top(0.5), trainer.space.spectrum
+    space = trainer.search.space
+    searched, start = space.top(0.5), space.spectrum
     offsets = np.linspace(-0.5, 0.5, 2 * len(searched), dtype=np.float32).reshape(2, -1)
-    values = trainer._values(offsets)
+    values = trainer.search.values(offsets)
     kept = torch.ones(len(start), dtype=torch.bool)
     kept[searched] = False
     assert torch.equal(values[:, kept], start[kept].expand(2, -1))
     torch.testing.assert_close(values[:, searched], start[searched] * (1 + torch.from_numpy(offsets)))
     trainer.train()
-    assert torch.equal(trainer.values[kept], start[kept])
-    assert not torch.equal(trainer.values[searched], start[searched])
+    assert torch.equal(trainer.search.solution[0, kept], start[kept])
+    assert not torch.equal(trainer.search.solution[0, searched], start[searched])
 
-    absolute = make_trainer("absolute", alpha=0.5)._values(offsets)
+    absolute = make_trainer("absolute", alpha=0.5).search.values(offsets)
     torch.testing.assert_close(absolute[:, searched], start[searched] + torch.from_numpy(offsets))
 
 
@@ -391,6 +392,6 @@ def test_run_json_says_what_the_run_was(make_trainer):
     trainer = make_trainer(generations=1)
     trainer.train()
     content = json.loads(Path(trainer.args.output_dir, RUN_FILE).read_text())
-    assert content["identity"]["settings"]["strategy"] == trainer._strategy.name
+    assert content["identity"]["settings"]["strategy"] == trainer.search.strategy.name
     assert content["identity"]["noise_version"] == 1
     assert content["about"]["environment"]["packages"]["torch"] == torch.__version__

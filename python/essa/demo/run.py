@@ -81,7 +81,7 @@ def run_demo(
         adapter=str(warm_start),
     )
     before = test_accuracy(trainer)
-    say(f"Search: the LoRA's {trainer.space.size} singular values ...")
+    say(f"Search: the LoRA's {trainer.search.space.size} singular values ...")
     search = trainer.train()
     after = test_accuracy(trainer)
     scale, control = uniform_scale_control(trainer)
@@ -119,7 +119,7 @@ def run_demo(
 
 
 def test_accuracy(trainer: ESSATrainer, values: torch.Tensor | None = None) -> float:
-    """Exact match on the test problems: of the model as it is, in plain PEFT, or of singular values [size]."""
+    """Exact match on the test problems: of the model as it is, in plain PEFT, or of singular values [1, size]."""
     return _accuracy(trainer, "test", values)
 
 
@@ -129,7 +129,7 @@ def uniform_scale_control(trainer: ESSATrainer) -> tuple[float, float]:
     Returns:
         The factor and its accuracy on the test problems.
     """
-    spectrum = trainer.space.spectrum
+    spectrum = trainer.search.space.spectrum[None]
     validation = {scale: _accuracy(trainer, "validation", scale * spectrum) for scale in CONTROL_SCALES}
     best = max(validation, key=lambda scale: validation[scale])
     return best, test_accuracy(trainer, best * spectrum)
@@ -165,7 +165,7 @@ def _accuracy(trainer: ESSATrainer, split: str, values: torch.Tensor | None) -> 
         trainer.processing_class,
         prompts,
         trainer.rewards,
-        space=None if values is None else trainer.space,
+        space=None if values is None else trainer.search.space,
         values=values,
         max_new_tokens=MAX_NEW_TOKENS,
         row_budget=trainer.args.row_budget,

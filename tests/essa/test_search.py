@@ -1,0 +1,84 @@
+"""The search can be rebuilt from what was recorded, and chunks do not depend on who evaluates them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from essa.checkpoint import Run
+from essa.chunks import Local, Task, evaluate_chunk
+from essa.config import InputError
+from essa.search import Search
+from essa.strategies import STRATEGIES
+
+
+def task_of(trainer, row_budget: int) -> Task:
+    args = trainer.args
+    return Task(
+        trainer.model,
+        trainer.processing_class,
+        trainer.train_prompts,
+        trainer.rewards,
+        args.max_new_tokens,
+        args.seed,
+        row_budget,
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_process_that_is_told_the_generations_has_the_same_search(make_trainer, strategy):
+    trainer = make_trainer(strategy=strategy, eval_dataset=None, generations=3)
+    trainer.train()
+    replica = make_trainer("replica", strategy=strategy, eval_dataset=None).search
+    for record in Run.read(trainer.args.output_dir).records:
+        assert replica.generation == record["generation"]
+        assert replica.replay(record), "its candidates are the recorded ones"
+    assert torch.equal(replica.ask(3), trainer.search.ask(3))
+    assert torch.equal(replica.solution, trainer.search.solution)
+
+
+@pytest.mark.parametrize("strategy", ["cma", "zo-grpo"])
+def test_chunks_in_any_order_are_the_whole_generation(make_trainer, strategy):
+    """Rows of several members to a chunk, chunks that end within a member, a last one that is short."""
+    trainer = make_trainer(strategy=strategy, row_budget=256)
+    chosen = [3, 1, 30, 8]
+    whole = Local(task_of(trainer, 256), trainer.search).evaluate(0, chosen)
+    rows = trainer.search.rows(len(chosen))
+    parts = [range(start, min(start + 7, rows)) for start in range(0, rows, 7)]
+    task, search = task_of(trainer, 7), trainer.search
+    evaluated = {part: evaluate_chunk(task, search, 0, chosen, part) for part in reversed(parts)}
+    assert [reward for part in parts for reward in evaluated[part].rewards] == whole.rewards
+    assert [answer for part in parts for answer in evaluated[part].answers] == whole.answers
+    assert sum(chunk.tokens for chunk in evaluated.values()) == whole.tokens
+    for row, answer in enumerate(whole.answers):
+        member, place = (row, row // 4) if strategy == "zo-grpo" else divmod(row, 4)
+        assert (answer.member, answer.prompt) == (member, chosen[place])
+
+
+def test_what_rewards_log_is_averaged_over_the_rows_of_the_chunks(make_trainer):
+    def length(completions, log_metric, **kwargs):
+        log_metric("rows", len(completions))
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(strategy="zo-grpo", reward_funcs=length, eval_dataset=None)
+    chunk = Local(task_of(trainer, 10), trainer.search).evaluate(0, [0, 1, 2, 3])
+    assert len(chunk.rewards) == 16 and chunk.metrics == {"rows": (10 * 10 + 6 * 6) / 16}
+
+
+def test_an_earlier_solution_can_be_taken_up(make_trainer):
+    search = make_trainer(strategy="es-per-completion").search
+    kept = search.keep()
+    search.tell(0, np.arange(16.0)[:, None], None)
+    assert not torch.equal(search.solution, kept)
+    search.take(kept)
+    assert torch.equal(search.solution, kept)
+    search.reset()
+    assert search.generation == 0 and torch.equal(search.solution[0], search.space.spectrum)
+
+
+def test_settings_that_do_not_fit_are_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.args.strategy = "es-per-completion"
+    trainer.args.population_size = 6
+    with pytest.raises(InputError, match="needs a multiple of 8"):
+        Search(trainer.model, trainer.args)
