@@ -194,6 +194,48 @@ void lowrank_update_cpu(uintptr_t w, int64_t d_out, int64_t d_in, uint64_t seed,
                     [&](int64_t first, int64_t last) { kernels->lowrank_update(args, first, last); });
 }
 
+// Runs perturb or es_update on a list of matrices; what else the arguments hold is the caller's.
+void run_es_update(cpu::EsUpdateArgs& args, const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                   const std::vector<int64_t>& cols, const std::vector<int>& dtypes, int threads,
+                   void (*kernel)(const cpu::EsUpdateArgs&, int64_t, int64_t)) {
+  const int tile = args.rademacher ? noise::kRademacherTile : noise::kGaussianTile;
+  std::vector<cpu::NoisyMatrix> matrices;
+  int64_t chunks = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    chunks += cpu::blocks(rows[i] * noise::tiles_per_row(cols[i], tile), cpu::kChunk / tile);
+    const uint32_t site = args.key.site + 2 * static_cast<uint32_t>(i);
+    matrices.push_back({dtypes[i], pointer<void>(tensors[i]), rows[i], cols[i], site, chunks});
+  }
+  args.matrices = matrices.data();
+  py::gil_scoped_release release;
+  cpu::parallel_for(threads, chunks, 1, [&](int64_t first, int64_t last) { kernel(args, first, last); });
+}
+
+void perturb_cpu(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                 const std::vector<int64_t>& cols, const std::vector<int>& dtypes, uint64_t seed, uint32_t generation,
+                 uint32_t site, uint64_t member, float sigma, bool rademacher, int threads) {
+  cpu::EsUpdateArgs args{};
+  args.key = make_key(seed, generation, site, member), args.rademacher = rademacher;
+  args.sigma = (member & 1) != 0 ? -sigma : sigma;
+  run_es_update(args, tensors, rows, cols, dtypes, threads, kernels->perturb);
+}
+
+void es_update_cpu(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                   const std::vector<int64_t>& cols, const std::vector<int>& dtypes, uint64_t seed, uint32_t generation,
+                   uint32_t site, uintptr_t pair_weights, int64_t pairs, bool rademacher, int threads) {
+  cpu::EsUpdateArgs args{};
+  args.key = make_key(seed, generation, site, 0), args.rademacher = rademacher;
+  std::vector<uint32_t> numbers;
+  std::vector<float> weights;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const float weight = pointer<float>(pair_weights)[pair];
+    if (weight == 0.0f) continue;
+    numbers.push_back(static_cast<uint32_t>(pair)), weights.push_back(weight);
+  }
+  args.pairs = numbers.data(), args.weights = weights.data(), args.pair_count = static_cast<int64_t>(weights.size());
+  run_es_update(args, tensors, rows, cols, dtypes, threads, kernels->es_update);
+}
+
 cpu::LinearLogprobArgs linear_logprob_args(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t labels,
                                            uintptr_t bias, uintptr_t selected, int64_t rows, int64_t d, int64_t vocab,
                                            bool capped, float inner, float outer, int dtype) {
@@ -290,6 +332,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_perturbed_cpu", &lora_perturbed_cpu);
   m.def("lowrank_perturbed_cpu", &lowrank_perturbed_cpu);
   m.def("lowrank_update_cpu", &lowrank_update_cpu);
+  m.def("perturb_cpu", &perturb_cpu);
+  m.def("es_update_cpu", &es_update_cpu);
 #ifdef ESSA_WITH_CUDA
   m.def("gaussian_cuda", &cuda::gaussian);
   m.def("rademacher_cuda", &cuda::rademacher);

@@ -11,6 +11,7 @@ import importlib.metadata as _metadata
 from .dispatch import explain
 from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
+from .ops.es_update import es_update_, perturb_
 from .ops.linear_logprob import linear_logprob
 from .ops.lora_perturbed import lora_perturbed
 from .ops.lowrank import lowrank_perturbed, lowrank_update_
@@ -26,12 +27,14 @@ __all__ = [
     "NOISE_VERSION",
     "NoiseKey",
     "env_report",
+    "es_update_",
     "explain",
     "gaussian",
     "linear_logprob",
     "lora_perturbed",
     "lowrank_perturbed",
     "lowrank_update_",
+    "perturb_",
     "rademacher",
     "svd_lora",
     "svd_lora_expand_",

@@ -23,6 +23,8 @@ OPS = {
     "svd_lora": ("svd_lora", "svd_lora_"),
     "svd_lora_shrink": ("svd_lora", "svd_lora_shrink"),
     "svd_lora_expand_": ("svd_lora", "svd_lora_expand_"),
+    "perturb_": ("es_update", "perturb_"),
+    "es_update_": ("es_update", "es_update_"),
     "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
     "lowrank_perturbed": ("lowrank", "lowrank_perturbed_"),
     "lowrank_update_": ("lowrank", "lowrank_update_"),

@@ -129,6 +129,30 @@ def lowrank_update_(
         # fmt: on
 
 
+def perturb_(
+    tensors: Sequence[Tensor], seed: int, generation: int, site: int, member: int, sigma: float, distribution: str
+) -> None:
+    """tensor i += sigma eps, with the member's eps of site + 2 i."""
+    # fmt: off
+    _run(
+        "perturb", tensors[0], *_matrices(tensors), seed, generation, site, member, sigma,
+        distribution == "rademacher",
+    )
+    # fmt: on
+
+
+def es_update_(
+    tensors: Sequence[Tensor], seed: int, generation: int, site: int, pair_weights: Tensor, distribution: str
+) -> None:
+    """tensor i += sum over pairs of pair_weights[pair] eps, with eps drawn from site + 2 i."""
+    # fmt: off
+    _run(
+        "es_update", tensors[0], *_matrices(tensors), seed, generation, site, pair_weights.data_ptr(),
+        pair_weights.shape[0], distribution == "rademacher",
+    )
+    # fmt: on
+
+
 def linear_logprob(
     logprob: Tensor,
     logsumexp: Tensor,
@@ -191,6 +215,12 @@ def linear_logprob_backward(
     # fmt: on
 
 
+def _matrices(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Address, rows, columns and dtype of every one of the contiguous [rows, cols] tensors."""
+    rows, cols = ([tensor.shape[i] for tensor in tensors] for i in range(2))
+    return [tensor.data_ptr() for tensor in tensors], rows, cols, [DTYPE_CODE[tensor.dtype] for tensor in tensors]
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -202,7 +232,7 @@ def _bend(logit_scale: float, softcap: float | None, temperature: float) -> tupl
     return True, logit_scale / softcap, softcap / temperature
 
 
-def _run(kernel: str, result: Tensor, *arguments: float) -> None:
+def _run(kernel: str, result: Tensor, *arguments: float | list[int]) -> None:
     """Run a kernel where its result is: on torch's threads, or on torch's current stream of that GPU."""
     if result.is_cpu:
         getattr(_C, f"{kernel}_cpu")(*arguments, torch.get_num_threads())

@@ -10,7 +10,7 @@ namespace {
 
 #define ESSA_TABLE(ISA) \
   { #ISA, ISA::gaussian, ISA::rademacher, ISA::svd_lora, ISA::lora_perturbed_shrink, ISA::lora_perturbed_expand, \
-    ISA::lowrank_shrink, ISA::lowrank_expand, ISA::lowrank_update, \
+    ISA::lowrank_shrink, ISA::lowrank_expand, ISA::lowrank_update, ISA::perturb, ISA::es_update, \
     ISA::linear_logprob, ISA::linear_logprob_pack, ISA::linear_logprob_head, ISA::linear_logprob_hidden }
 
 struct Candidate {

@@ -61,6 +61,26 @@ struct PerturbedArgs {
   int64_t y_stride;
 };
 
+// One of the tensors of perturb_ and es_update_: a matrix of whole noise tiles, cut into chunks of kChunk elements.
+struct NoisyMatrix {
+  int dtype;
+  void* data;  // [rows, cols], contiguous
+  int64_t rows, cols;
+  uint32_t site;
+  int64_t chunks_end;  // the chunks of this matrix and of those before it
+};
+
+struct EsUpdateArgs {
+  const NoisyMatrix* matrices;
+  noise::Key key;  // the matrix has its own site; perturb_: the pair
+  bool rademacher;
+  float sigma;  // perturb_
+  // es_update_: the pairs whose weight is not 0, ascending
+  const uint32_t* pairs;
+  const float* weights;
+  int64_t pair_count;
+};
+
 struct LowrankUpdateArgs {
   int dtype;
   int64_t d_out, d_in, rank;
@@ -108,6 +128,9 @@ struct Kernels {
   void (*lowrank_shrink)(const PerturbedArgs&, int64_t first, int64_t last);
   void (*lowrank_expand)(const PerturbedArgs&, int64_t first, int64_t last);
   void (*lowrank_update)(const LowrankUpdateArgs&, int64_t first, int64_t last);
+  // chunks [first, last) of all matrices
+  void (*perturb)(const EsUpdateArgs&, int64_t first, int64_t last);
+  void (*es_update)(const EsUpdateArgs&, int64_t first, int64_t last);
   // selected rows [first, last)
   void (*linear_logprob)(const LinearLogprobArgs&, int64_t first, int64_t last);
   // fills panels and hidden_across
@@ -128,6 +151,8 @@ struct Kernels {
   void lowrank_shrink(const PerturbedArgs& args, int64_t first, int64_t last);             \
   void lowrank_expand(const PerturbedArgs& args, int64_t first, int64_t last);             \
   void lowrank_update(const LowrankUpdateArgs& args, int64_t first, int64_t last);         \
+  void perturb(const EsUpdateArgs& args, int64_t first, int64_t last);                     \
+  void es_update(const EsUpdateArgs& args, int64_t first, int64_t last);                   \
   void linear_logprob(const LinearLogprobArgs& args, int64_t first, int64_t last);         \
   void linear_logprob_pack(const LinearLogprobArgs& args);                                 \
   void linear_logprob_head(const LinearLogprobArgs& args, int64_t first, int64_t last);    \
@@ -144,6 +169,7 @@ ESSA_DECLARE_KERNELS(avx512bf16)
 constexpr int64_t kRanksAtOnce = 4;         // an item of a shrink: one pair's rows, so many ranks
 constexpr int64_t kColumnBlock = 2048;      // an item of an expand: one pair's rows, so many columns of y
 constexpr int64_t kTileRows = 256, kTileColumns = 512;  // an item of an update: so many rows and columns of w
+constexpr int64_t kChunk = 4096;  // an item of perturb_ and es_update_: its noise stays in the L1 cache
 
 constexpr int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 

@@ -82,12 +82,12 @@ ESSA_INLINE void update_block(const float* e_t, const float* f_t, int64_t depth,
     }
     Element* row = w + i * w_stride;
     if (columns >= kUpdateColumns) {
-      for (int n = 0; n < kUpdateVectors; ++n) T::put(row + n * W, add(T::get(row + n * W), acc[i][n]));
+      for (int n = 0; n < kUpdateVectors; ++n) T::put_exact(row + n * W, add(T::get(row + n * W), acc[i][n]));
       continue;
     }
     Element edge[kUpdateColumns] = {};
     __builtin_memcpy(edge, row, columns * sizeof(Element));
-    for (int n = 0; n < kUpdateVectors; ++n) T::put(edge + n * W, add(T::get(edge + n * W), acc[i][n]));
+    for (int n = 0; n < kUpdateVectors; ++n) T::put_exact(edge + n * W, add(T::get(edge + n * W), acc[i][n]));
     __builtin_memcpy(row, edge, columns * sizeof(Element));
   }
 }

@@ -31,6 +31,11 @@ struct Philox {
       key0[i] = seti64(k0);
       key1[i] = seti64(k1);
     }
+    start(key, tag);
+  }
+
+  // Goes on with another matrix of the same seed.
+  void start(const noise::Key& key, uint32_t tag) {
     const uint64_t first = (uint64_t)noise::kPhiloxM1 * key.pair;
     const uint32_t c0 = (uint32_t)(first >> 32) ^ key.c1(tag) ^ key.k0;
     const uint64_t second = (uint64_t)noise::kPhiloxM0 * c0;

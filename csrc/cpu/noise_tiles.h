@@ -7,7 +7,9 @@ namespace essa {
 namespace cpu {
 namespace ESSA_ISA {
 
-static inline void gaussian_tiles(const Philox& philox, uint32_t block, int64_t tiles, vi flip, float* out) {
+// Calls take(destination, W normals) throughout consecutive tiles that begin at `out`.
+template <class Take>
+ESSA_INLINE void each_normals(const Philox& philox, uint32_t block, int64_t tiles, vi flip, float* out, Take take) {
   WordVectors words = Philox::words(philox, block);
   for (; tiles > 0; --tiles, out += noise::kGaussianTile) {
 #pragma GCC unroll 4
@@ -15,9 +17,13 @@ static inline void gaussian_tiles(const Philox& philox, uint32_t block, int64_t 
       vf z[4];
       block += W;
       words = normals_and_next(words, flip, z, philox, block);
-      for (int word = 0; word < 4; ++word) store(out + word * 16 + lane, z[word]);
+      for (int word = 0; word < 4; ++word) take(out + word * 16 + lane, z[word]);
     }
   }
+}
+
+static inline void gaussian_tiles(const Philox& philox, uint32_t block, int64_t tiles, vi flip, float* out) {
+  each_normals(philox, block, tiles, flip, out, [](float* p, vf z) { store(p, z); });
 }
 
 // The bits [first, last) of a tile, 64 elements each.

@@ -92,11 +92,6 @@ ESSA_INLINE void transpose_lanes(vf m[4]) {
 ESSA_INLINE vf load_bf16(const uint16_t* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-#if defined(__AVX512BF16__)
-ESSA_INLINE void store_bf16(uint16_t* p, vf a) {  // flushes subnormals to zero
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a));
-}
-#else
 ESSA_INLINE void store_bf16(uint16_t* p, vf a) {
   const __m512i bits = as_int(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -104,7 +99,6 @@ ESSA_INLINE void store_bf16(uint16_t* p, vf a) {
   rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
-#endif
 ESSA_INLINE vf load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 ESSA_INLINE void store_fp16(uint16_t* p, vf a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -306,6 +300,13 @@ ESSA_INLINE void store_fp16(uint16_t* p, vf a) {
   for (int i = 0; i < W; ++i) p[i] = float_to_fp16(a[i]);
 }
 
+#endif
+
+// `store_bf16` for what is held to a tolerance: the machine's instruction flushes subnormals to zero.
+#if defined(__AVX512BF16__)
+ESSA_INLINE void store_bf16_fast(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+#else
+ESSA_INLINE void store_bf16_fast(uint16_t* p, vf a) { store_bf16(p, a); }
 #endif
 
 // A matrix product needs no single rounding: without an FMA instruction multiply and add.

@@ -12,8 +12,10 @@ from .. import dispatch
 from ..noise import NoiseKey
 from .registration import (
     DTYPES,
+    as_tensors,
     as_weights,
     beyond_decode,
+    check_apart,
     check_contiguous,
     check_counter,
     check_distribution,
@@ -25,6 +27,8 @@ from .registration import (
     check_real,
     check_size,
     check_tensors,
+    check_updated,
+    check_weights,
     fold_pairs,
     register,
     rows_of_x,
@@ -130,7 +134,7 @@ def lowrank_update_(
 
     Source: EGGROLL, arXiv 2511.16652.
     """
-    tensors = [w] if isinstance(w, Tensor) else list(w)
+    tensors = as_tensors(UPDATE, "w", w)
     noise, rank = check_key(UPDATE, key, two_factors=True), check_size(UPDATE, "rank", rank)
     weights = as_weights(UPDATE, weights)
     _update_op(tensors, *noise, weights, rank, check_distribution(UPDATE, distribution), backend)
@@ -214,30 +218,22 @@ def _fake_perturbed(x, d_out, *rest) -> Tensor:
 def _check_update(
     tensors: Sequence[Tensor], seed, generation, site, weights: Tensor, rank: int, distribution: str, backend=None
 ) -> None:
-    if not tensors:
-        raise ValueError(f"{UPDATE}: w must be a tensor or a sequence of at least one, got none")
+    check_updated(UPDATE, "w", tensors, site, sites_each=2)
     for i, tensor in enumerate(tensors):
         name = "w" if len(tensors) == 1 else f"w[{i}]"
-        check_no_grad(UPDATE, **{name: tensor})
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{UPDATE}: {name} must have dtype float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.dim() != 2:
             raise ValueError(f"{UPDATE}: {name} must have shape [d_out, d_in], got {list(tensor.shape)}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{UPDATE}: {name} must be on {tensors[0].device}, got {tensor.device}")
-        check_contiguous(UPDATE, **{name: tensor})
         for cols in tensor.shape:
             check_counter(UPDATE, name, tensor.shape, rank, cols, distribution)
-    if weights.device.type != "cpu" and weights.device != tensors[0].device:
-        raise ValueError(f"{UPDATE}: weights must be on the CPU or {tensors[0].device}, got {weights.device}")
+    check_weights(UPDATE, weights, tensors[0].device)
 
 
 def _run_update(tensors, seed, generation, site, weights, rank, distribution, backend=None) -> None:
-    if not tensors:
-        raise ValueError(f"{UPDATE}: w must be a tensor or a sequence of at least one, got none")
-    implementation = dispatch.resolve(UPDATE, tensors[0].device, backend)
+    device = tensors[0].device
+    implementation = dispatch.resolve(UPDATE, device, backend)
     _check_update(tensors, seed, generation, site, weights, rank, distribution)
-    pair_weights = (fold_pairs(UPDATE, weights) * rank**-0.5).to(tensors[0].device)
+    check_apart(UPDATE, "w", tensors)
+    pair_weights = fold_pairs(UPDATE, weights, device, rank**-0.5)
     implementation(tensors, seed % 2**64, generation, site, pair_weights, rank, distribution)
     for tensor in tensors:
         increment_version(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from ..noise import MEMBER_END, NoiseKey, check_integer
-from .registration import check_counter, check_key, check_no_grad, register
+from .registration import check_counter, check_key, check_no_grad, matrix_of, register
 
 
 def gaussian(
@@ -85,7 +84,7 @@ def _check_shape(op: str, shape: int | Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{op}: shape must be an integer or a sequence of integers, got {shape!r}") from None
     if any(size < 0 for size in sizes):
         raise ValueError(f"{op}: shape must have no negative size, got {list(sizes)}")
-    check_counter(op, "shape", sizes, *_matrix(sizes), op)
+    check_counter(op, "shape", sizes, *matrix_of(sizes), op)
     return sizes
 
 
@@ -113,19 +112,12 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], device: torch.devic
     check_no_grad(op, out=out)
 
 
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the logical matrix."""
-    if len(shape) == 1:
-        return 1, shape[0]
-    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-
-
 def _register(op: str):
     def run(out: Tensor, seed: int, generation: int, site: int, member: int, backend: str | None = None) -> None:
         implementation = dispatch.resolve(op, out.device, backend)
         if out.numel():
             implementation(
-                out if out.dim() == 2 else out.view(_matrix(out.shape)), seed % 2**64, generation, site, member
+                out if out.dim() == 2 else out.view(matrix_of(out.shape)), seed % 2**64, generation, site, member
             )
             increment_version(out)
 

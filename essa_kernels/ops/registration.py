@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from operator import index
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, NoiseKey
+from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, SITE_END, NoiseKey
 
 LIBRARY = torch.library.Library("essa", "DEF")  # a tenth of custom_op's cost per call
 
@@ -97,6 +99,54 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def as_tensors(op: str, name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that an op with a list updates in place; a tensor is a list of one."""
+    if isinstance(given, Tensor):
+        return [given]
+    tensors = list(given) if isinstance(given, Sequence) else [given]
+    if wrong := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
+        raise TypeError(f"{op}: {name} must be a tensor or a sequence of tensors, got {type(wrong[0]).__name__}")
+    if not tensors:
+        raise ValueError(f"{op}: {name} must be a tensor or a sequence of at least one, got none")
+    return tensors
+
+
+def check_updated(op: str, name: str, tensors: Sequence[Tensor], site: int, sites_each: int = 1) -> None:
+    """Raise unless the tensors of a list can be updated in place, tensor i with noise from site + 2 i."""
+    for i, tensor in enumerate(tensors):
+        numbered = name if len(tensors) == 1 else f"{name}[{i}]"
+        check_no_grad(op, **{numbered: tensor})
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: {numbered} must have dtype float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{op}: {numbered} must be on {tensors[0].device}, got {tensor.device}")
+        check_contiguous(op, **{numbered: tensor})
+    last = site + 2 * (len(tensors) - 1) + sites_each - 1
+    if last >= SITE_END:
+        got = f"got {site} for {len(tensors)}"
+        raise ValueError(
+            f"{op}: key.site must leave a site below 2**30 for every tensor, site + 2 * i for {name}[i], {got}"
+        )
+
+
+def check_apart(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise if two tensors of a list share memory. Only on real tensors."""
+    if len(tensors) == 1:
+        return
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, i) for i, t in enumerate(tensors) if t.numel())
+    for (_, end, i), (start, _, j) in itertools.pairwise(spans):
+        if start < end:
+            one, other = sorted((i, j))
+            raise ValueError(f"{op}: {name} must not share memory, got {name}[{one}] and {name}[{other}] that do")
+
+
+def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the noise matrix of a tensor."""
+    if len(shape) == 1:
+        return 1, shape[0]
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
 def check_offsets(op: str, offsets: Tensor, rows: int) -> None:
@@ -208,11 +258,19 @@ def as_weights(op: str, weights: Tensor | Sequence[float]) -> Tensor:
     return weights
 
 
-def fold_pairs(op: str, weights: Tensor) -> Tensor:
-    """weights[2k] - weights[2k + 1] of every antithetic pair, float32; a missing last member weighs 0."""
+def check_weights(op: str, weights: Tensor, device: torch.device) -> None:
+    """Raise unless weights can be used on a device."""
+    check_no_grad(op, weights=weights)
+    if weights.device.type != "cpu" and weights.device != device:
+        raise ValueError(f"{op}: weights must be on the CPU or {device}, got {weights.device}")
+
+
+def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float = 1.0) -> Tensor:
+    """(weights[2k] - weights[2k + 1]) * scale of every pair, float32, on a device; a missing last member weighs 0."""
     if weights.is_cpu and not weights.isfinite().all():
         m = int(weights.isfinite().logical_not().nonzero()[0])
         raise ValueError(f"{op}: weights must be finite, got {float(weights[m])} for member {m}")
     if weights.shape[0] % 2:
         weights = torch.cat([weights, weights.new_zeros(1)])
-    return weights[0::2] - weights[1::2]
+    # Without waiting: what is copied from pageable memory is staged before the call returns.
+    return ((weights[0::2] - weights[1::2]) * scale).to(device, non_blocking=True)
