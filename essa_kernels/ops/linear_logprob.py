@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import dispatch
 from .registration import (
     LIBRARY,
+    check_are_tensors,
     check_contiguous,
     check_floating,
     check_matrix,
@@ -65,6 +66,7 @@ def linear_logprob(
     Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, over blocks of the vocabulary as in Cut
     Cross-Entropy, arXiv 2411.09009.
     """
+    check_are_tensors("linear_logprob", hidden=hidden, weight=weight)
     if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -116,6 +118,11 @@ def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
         raise ValueError(f"linear_logprob: labels must be in 0 .. {vocab - 1} or {ignore_index}, got {got}")
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """As adjacent elements of one dimension."""
+    return tensor.reshape(-1).contiguous()
+
+
 def _slope_dtype(hidden: Tensor) -> torch.dtype:
     """float16 has too little range for a gradient that is not yet scaled."""
     return torch.bfloat16 if hidden.dtype is torch.bfloat16 else torch.float32
@@ -132,7 +139,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     implementation = dispatch.resolve("linear_logprob", hidden.device, backend)
     _check(hidden, weight, labels, bias)
-    rows, flat = rows_of_x(hidden), labels.flatten()
+    rows, flat = rows_of_x(hidden), _flat(labels)
     _check_labels(flat, weight.shape[0], ignore_index)
     logprob, logsumexp, slope = _outputs(hidden, labels, with_slope)
     if len(flat):
@@ -185,17 +192,17 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     implementation = dispatch.resolve("linear_logprob_backward", hidden.device, backend)
     d_hidden, d_weight, d_bias = _gradients(hidden, weight, bias, wanted)
-    rows, flat = rows_of_x(hidden), labels.flatten()
+    rows, flat = rows_of_x(hidden), _flat(labels)
     if not len(flat):
         return d_hidden.zero_(), d_weight.zero_(), d_bias.zero_()
     implementation(
         d_hidden.view(rows.shape) if wanted[0] else None,
         d_weight if wanted[1] else None,
         d_bias if wanted[2] else None,
-        grad.flatten(),
+        _flat(grad),
         slope.view(rows.shape) if wanted[0] else None,
-        logprob.flatten(),
-        logsumexp.flatten(),
+        logprob.view(-1),
+        logsumexp.view(-1),
         rows,
         weight,
         flat,

@@ -46,10 +46,16 @@ def register(schema: str, run: Callable, fake: Callable) -> Callable:
 
 def _check_are_tensors(op: torch._ops.OpOverload, arguments: Sequence) -> None:
     """Raise, by name, what torch says of an argument that is no tensor in terms of its own dispatch."""
-    for expected, given in zip(op._schema.arguments, arguments, strict=False):
-        if str(expected.type) == "Tensor" and not isinstance(given, Tensor):
-            name = op._schema.name.removeprefix("essa::")
-            raise TypeError(f"{name}: {expected.name} must be a tensor, got {type(given).__name__}") from None
+    given = zip(op._schema.arguments, arguments, strict=False)
+    tensors = {expected.name: value for expected, value in given if str(expected.type) == "Tensor"}
+    check_are_tensors(op._schema.name.removeprefix("essa::"), **tensors)
+
+
+def check_are_tensors(op: str, **arguments: object) -> None:
+    """Raise unless every argument is a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}") from None
 
 
 # The checks run on every call, and reading a property of a tensor costs about 0.1 us: each is read once.

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from essa_kernels import svd_lora, svd_lora_expand_, svd_lora_shrink
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from .oracle import DTYPES, assert_no_worse_than_torch
 
 # rows of each member, d_in, d_out, r_a, r_b
 CASES = {
@@ -82,24 +82,6 @@ def shrink_with_torch(operands: Operands, dtype: torch.dtype) -> Tensor:
 def with_torch(operands: Operands, y: Tensor, dtype: torch.dtype) -> Tensor:
     """y plus the delta, computed in ``dtype`` throughout."""
     return y.to(dtype) + shrink_with_torch(operands, dtype) @ operands.u_b.to(dtype).T
-
-
-def assert_no_worse_than_torch(got: Tensor, torchs: Tensor, truth: Tensor) -> None:
-    """The tolerance rule: the largest error may exceed that of torch's own computation in the same dtype by one part
-    in 2**20 of the largest true value, plus half a unit in the last place of it for the one rounding of the result."""
-    assert got.dtype == torchs.dtype
-    assert got.shape == truth.shape
-    if not truth.numel():
-        return
-    largest = truth.abs().max()
-    allowed = (torchs.double() - truth).abs().max() + largest * (2**-20 + torch.finfo(got.dtype).eps / 2)
-    worst = (got.double() - truth).abs().max()
-    assert worst <= allowed, f"error {worst:.3e}, allowed {allowed:.3e}"
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
 
 
 @pytest.fixture(params=CASES)
