@@ -211,7 +211,11 @@ def align(
     from essa.trainer import ESSATrainer
 
     base, tokenizer = load_base(
-        model_name_or_path, dtype=args.dtype, device=args.device, trust_remote_code=trust_remote_code
+        model_name_or_path,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        device=args.device,
+        trust_remote_code=trust_remote_code,
     )
     trainer = ESSATrainer(load_adapter(base, adapter), reward, args, train, evaluation, tokenizer)
     trainer.about["command"] = {
@@ -284,6 +288,10 @@ def eval(
     ] = 256,
     row_budget: Annotated[int, typer.Option("--row_budget", help="Most sequences decoded in one batch.", min=1)] = 256,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option("--quantization", help="Quantise the linear layers: int8, int4 (computes in bfloat16) or none."),
+    ] = "none",
     device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     config: Config = None,
@@ -301,7 +309,13 @@ def eval(
     from essa.rewards import Rewards
 
     rewards = Rewards(reward, None)
-    base, tokenizer = load_base(model_name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    base, tokenizer = load_base(
+        model_name_or_path,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     model = base if adapter is None else load_adapter(base, adapter)
     prompts = check_prompts(rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens)
     numbers = evaluate(model, tokenizer, prompts, rewards, max_new_tokens=max_new_tokens, row_budget=row_budget)

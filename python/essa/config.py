@@ -33,6 +33,7 @@ def setting(default: Any, help: str, *, fixed: bool = False) -> Any:
 
 OFFSET_MODES = ("absolute", "relative")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "int4")
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
@@ -149,6 +150,12 @@ class ESSAConfig(_Settings):
     dtype: str = setting(
         "auto", "Dtype of a model given by name: auto (as saved), float32, bfloat16 or float16.", fixed=True
     )
+    quantization: str = setting(
+        "none",
+        "Quantise the linear layers of a model given by name: int8, int4 (which computes in bfloat16), or none. The "
+        "adapter is not quantised.",
+        fixed=True,
+    )
     device: str = setting("auto", "Device of a model given by name: auto (a GPU if there is one), cpu, cuda, cuda:1.")
 
     def __post_init__(self) -> None:
@@ -178,6 +185,7 @@ class ESSAConfig(_Settings):
         self._check_int("logging_steps", 1)
         self._check_choice("report_to", REPORTERS)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("quantization", QUANTIZATIONS)
         for name in ("load_best_model_at_end", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")

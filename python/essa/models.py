@@ -15,9 +15,10 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.config import DTYPES, InputError
+from essa.quantization import check_quantised, check_quantization, quantization_config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
@@ -37,23 +38,47 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_base(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    quantization: str = "none",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer, from a local folder or the hub."""
+    """A causal language model in evaluation mode, and its tokenizer, from a local folder or the hub.
+
+    `quantization` int8 or int4 quantises its linear layers while they are loaded; a model that arrives quantised stays
+    as it is.
+    """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = check_quantization(quantization, dtype)
     target = pick_device(device)
+    config = quantization_config(quantization, target)
     try:
+        if config is not None and _arrives_quantised(name, trust_remote_code):
+            raise InputError(f"model_name_or_path {name!r} is quantised already: leave quantization at none")
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            device_map={"": target},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **({"quantization_config": config} if config else {}),
         )
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
-    return model.to(target).eval(), tokenizer
+    if config is not None:
+        check_quantised(model, quantization)
+    return model.eval(), tokenizer
+
+
+def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return getattr(config, "quantization_config", None) is not None
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -384,7 +384,7 @@ def _load(
     model: Any, adapter: str | None, processing_class: Any, args: ESSAConfig
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     if isinstance(model, str):
-        base, tokenizer = load_base(model, dtype=args.dtype, device=args.device)
+        base, tokenizer = load_base(model, dtype=args.dtype, quantization=args.quantization, device=args.device)
         return load_adapter(base, adapter), processing_class or tokenizer
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
