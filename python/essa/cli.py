@@ -373,14 +373,18 @@ def _print_table(rows: dict[str, Any]) -> None:
 
 
 def _quiet() -> None:
-    """Keep transformers' own bars and advice out of the output."""
+    """Keep other libraries' bars and advice out of the output."""
+    import logging
     import warnings
 
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # PEFT imports torchao where it is installed, which warns of every extension this machine has no hardware for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _absolute(name: str | None) -> str | None:

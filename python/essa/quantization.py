@@ -14,7 +14,6 @@ A model that arrives quantised, by whatever library, is loaded as it is.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -44,16 +43,9 @@ def quantization_config(quantization: str, device: torch.device) -> Any:
     """What `from_pretrained` takes as `quantization_config`: None for "none"."""
     if quantization == "none":
         return None
+    import torchao.quantization as ao
     from transformers import TorchAoConfig
 
-    # torchao warns of every extension that was built for hardware this machine lacks.
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import torchao.quantization as ao
-    finally:
-        logger.setLevel(level)
     if quantization == "int8":
         return TorchAoConfig(ao.Int8WeightOnlyConfig(set_inductor_config=False))
     if device.type == "cpu":
@@ -73,7 +65,11 @@ def check_quantised(model: nn.Module, quantization: str) -> None:
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     left = [name for name, linear in linears.items() if type(linear.weight) is nn.Parameter]
     if not linears or left:
-        what = f"{left[0]}, {list(linears[left[0]].weight.shape)}," if left else f"{type(model).__name__}, with no nn.Linear,"
+        what = (
+            f"{left[0]}, {list(linears[left[0]].weight.shape)},"
+            if left
+            else f"{type(model).__name__}, with no nn.Linear,"
+        )
         raise InputError(
             f"quantization {quantization!r}: {what} cannot be quantised"
             + (f"; int4 needs input features in multiples of {INT4_GROUP}" if quantization == "int4" and left else "")
