@@ -137,7 +137,7 @@ def test_one_gradient_alone(backend, wanted, seed):
     name, device = backend
     operands = random_operands(37, 65, 257, device=device)
     grad = torch.randn(37, device=device)
-    expected = results(operands.to(torch.float32), grad, backend=name)[1:]["hidden weight bias".split().index(wanted)]
+    expected = results(operands.to(torch.float32), grad, backend=name)[1:][["hidden", "weight", "bias"].index(wanted)]
     leaf = getattr(operands, wanted).requires_grad_()
     (got,) = torch.autograd.grad(linear_logprob(*operands, backend=name), leaf, grad)
     assert_close(got, expected)
