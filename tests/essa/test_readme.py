@@ -1,0 +1,41 @@
+"""The README's Python is run as it stands, with the demo's model where it names one of the reader's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch, warm_start):
+    """What the README's names stand for; the current folder is empty."""
+    from essa.demo import task
+    from essa.demo.warm_start import BASE_MODEL
+
+    monkeypatch.chdir(tmp_path)
+    task.write_jsonl(tmp_path / "train.jsonl", task.rows(task.split("train")[:40]))
+    return {
+        "Qwen/Qwen2.5-0.5B-Instruct": str(BASE_MODEL),
+        "my-warm-start": warm_start,
+        'reward_funcs="math"': 'reward_funcs="exact_match"',
+        "generations=100": "generations=2, max_new_tokens=4, progress=False",
+    }
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+def test_a_block_runs(block, stand_ins):
+    for name, stand_in in stand_ins.items():
+        block = block.replace(name, stand_in)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_pictures_and_files_exist():
+    text = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert linked
+    assert not [path for path in linked if not (ROOT / path).exists()]
