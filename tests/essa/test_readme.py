@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,12 @@ def stand_ins(tmp_path, monkeypatch, warm_start):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
-def test_a_block_runs(block, stand_ins):
+def test_a_block_runs(block, stand_ins, tmp_path):
     for name, stand_in in stand_ins.items():
         block = block.replace(name, stand_in)
-    exec(compile(block, "README.md", "exec"), {})
+    program = tmp_path / "block.py"
+    program.write_text(block)
+    runpy.run_path(str(program))
 
 
 def test_pictures_and_files_exist():
