@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,27 @@ class Comparison:
             "rival_s": self.rival_s,
             "ratio_quartiles": self.ratio,
         }
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of memory of ours and of the rival at their peaks beyond the inputs; `left` of them are the results."""
+
+    what: str
+    rival: str
+    ours: int
+    rivals: int
+    left: int
+
+    def as_row(self) -> str:
+        apart = f"{(self.ours - self.left) / (self.rivals - self.left):.3f}x"
+        return (
+            f"| {self.what}, peak | {size(self.ours)} | {self.rival} | {size(self.rivals)} | "
+            f"{self.ours / self.rivals:.3f}x of its memory ({apart} beyond {size(self.left)} of results) |"
+        )
+
+    def as_dict(self) -> dict:
+        return asdict(self)
 
 
 def compare(
@@ -74,3 +95,7 @@ def duration(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

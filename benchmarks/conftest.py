@@ -11,9 +11,9 @@ import torch
 import essa_kernels
 from essa_kernels import env_report
 
-from .compare import Comparison
+from .compare import Comparison, Peak
 
-COMPARISONS: list[Comparison] = []
+COMPARISONS: list[Comparison | Peak] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
