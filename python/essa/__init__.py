@@ -12,12 +12,25 @@ _HOMES = {
     "ESSAConfig": "essa.config",
     "ESSATrainer": "essa.trainer",
     "InputError": "essa.config",
+    "MovingReferenceCallback": "essa.trdpo.callback",
     "RewardError": "essa.rewards",
+    "TRDPOConfig": "essa.trdpo.config",
+    "TRDPOTrainer": "essa.trdpo.trainer",
     "generate": "essa.rollout",
     "make_strategy": "essa.strategies",
 }
 
-__all__ = ["ESSAConfig", "ESSATrainer", "InputError", "RewardError", "generate", "make_strategy"]
+__all__ = [
+    "ESSAConfig",
+    "ESSATrainer",
+    "InputError",
+    "MovingReferenceCallback",
+    "RewardError",
+    "TRDPOConfig",
+    "TRDPOTrainer",
+    "generate",
+    "make_strategy",
+]
 
 
 def __getattr__(name: str) -> Any:

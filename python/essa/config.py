@@ -37,15 +37,8 @@ QUANTIZATIONS = ("none", "int8", "int4")
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
-@dataclass
-class _Settings:
-    """What settings have in common: checks that name the setting, its value and what is allowed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+class Checks:
+    """Checks of a settings class that name the setting, its value and what is allowed."""
 
     def _check_path(self, name: str) -> None:
         value = getattr(self, name)
@@ -75,6 +68,15 @@ class _Settings:
         value = getattr(self, name)
         if value not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{suggest(str(value), choices)}")
+
+
+@dataclass
+class _Settings(Checks):
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
 
 
 @dataclass

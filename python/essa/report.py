@@ -8,7 +8,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,16 @@ def write_report(
     own = [dataclasses.replace(curve, name=f"{name}, {curve.name}") if name else curve for curve in run_curves(run)]
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
     png, svg = _draw([*own, *curves], title)
-    page = _page(title, run, svg, [*tables, *_own_tables(run)])
+    lead = "Gradient-free alignment: a search over the singular values of a LoRA adapter."
+    text = page(title, lead, _headline(run), svg, [*tables, *_own_tables(run)], "learning curve")
     (run.directory / "report.png").write_bytes(png)
     path = run.directory / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, text)
     return path
 
 
-def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:
-    """The learning curve as PNG, with its title, and as SVG for the page, which has the title already."""
+def picture(draw: Callable[[Any], None], title: str, size: tuple[float, float] = (9, 4)) -> tuple[bytes, str]:
+    """What `draw` puts into a matplotlib figure, as PNG, with its title, and as SVG for a page, which has a title."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -115,8 +116,23 @@ def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
     )
     with matplotlib.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "essa", "font.size": 9}):
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
+        draw(figure)
+        for axes in figure.axes:
+            axes.grid(alpha=0.2)
+            axes.spines[["top", "right"]].set_visible(False)
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.suptitle(title)
+        figure.savefig(png, format="png", dpi=150)
+    return png.getvalue(), svg.getvalue()
+
+
+def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:
+    """The learning curve, over samples and over seconds."""
+
+    def draw(figure: Any) -> None:
         by_samples, by_seconds = figure.subplots(1, 2, sharey=True)
         for axes, along, label in (
             (by_samples, "samples", "completions sampled"),
@@ -125,16 +141,11 @@ def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:
             for number, curve in enumerate(curves):
                 _draw_curve(axes, curve, getattr(curve, along), COLOURS[number % len(COLOURS)])
             axes.set_xlabel(label)
-            axes.grid(alpha=0.2)
-            axes.spines[["top", "right"]].set_visible(False)
         by_samples.set_ylabel("reward")
         handles, labels = by_samples.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(curves)), frameon=False)
-        png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        figure.suptitle(title)
-        figure.savefig(png, format="png", dpi=150)
-    return png.getvalue(), svg.getvalue()
+
+    return picture(draw, title)
 
 
 def _draw_curve(axes: Any, curve: Curve, along: Sequence[float], colour: str) -> None:
@@ -169,25 +180,30 @@ def _own_tables(run: Run) -> list[Table]:
     ]
 
 
-def _page(title: str, run: Run, svg: str, tables: Sequence[Table]) -> str:
+def page(title: str, lead: str, numbers: Sequence[tuple[str, str]], svg: str, tables: Sequence[Table], alt: str) -> str:
+    """One self-contained HTML page: heading, a sentence, the numbers that matter most, the picture, the tables."""
     drawing = svg[svg.index("<svg") :].replace(INK, "currentColor")
     drawing = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", drawing)
+    headline = "".join(
+        f'<div class="number"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+        for name, value in numbers
+    )
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
             f"<h1>{html.escape(title)}</h1>",
-            "<p>Gradient-free alignment: a search over the singular values of a LoRA adapter.</p>",
-            f'<div class="numbers">{"".join(_headline(run))}</div>',
-            f'<figure role="img" aria-label="learning curve">{drawing}</figure>',
+            f"<p>{html.escape(lead)}</p>",
+            f'<div class="numbers">{headline}</div>',
+            f'<figure role="img" aria-label="{html.escape(alt)}">{drawing}</figure>',
             *map(_table, tables),
             "</body></html>\n",
         ]
     )
 
 
-def _headline(run: Run) -> list[str]:
+def _headline(run: Run) -> list[tuple[str, str]]:
     evaluations = [record["evaluation"]["reward"] for record in run.records if "evaluation" in record]
     steps = [record for record in run.records if "rewards" in record]
     numbers = [("samples", f"{sum(r['samples'] for r in steps):,}")]
@@ -198,7 +214,7 @@ def _headline(run: Run) -> list[str]:
             ("evaluation after", f"{evaluations[-1]:.3f}"),
             *numbers,
         ]
-    return [f'<div class="number"><b>{html.escape(value)}</b><span>{name}</span></div>' for name, value in numbers]
+    return numbers
 
 
 def _table(table: Table) -> str:

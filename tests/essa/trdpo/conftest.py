@@ -1,0 +1,88 @@
+"""Small random models of many families, and preference rows over the demo tokenizer's alphabet."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+# name -> class, settings that make its peculiarities matter at this size
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, **WINDOW}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "mistral-window": ("Mistral", {"sliding_window": 7}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 0.3, "attn_logit_softcapping": 0.5, **WINDOW}),
+    "gemma3": ("Gemma3", {"head_dim": 8, **WINDOW}),
+    "phi3": ("Phi3", {"sliding_window": 9}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt2": ("GPT2", GPT2),
+    "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0}),
+    "cohere": ("Cohere", {"logit_scale": 0.4}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.4, **WINDOW}),
+    "olmo2": ("Olmo2", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 7}),
+}
+
+
+def make_model(family="llama", **settings):
+    """A small random causal language model in float32, its weights large enough for attention to matter."""
+    kind, own = FAMILIES.get(family, (family, {}))
+    name = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **own, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.float()
+
+
+@pytest.fixture
+def lora():
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+
+
+@pytest.fixture
+def peft_model(lora):
+    """A LoRA whose B is not zero, so that it matters."""
+    model = get_peft_model(make_model(), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def make_pairs(count, seed=0, longest=10):
+    """Text pairs of the demo tokenizer's alphabet, of many lengths."""
+    rng = random.Random(seed)
+
+    def text(least):
+        return "".join(rng.choice("0123456789+=") for _ in range(rng.randint(least, longest)))
+
+    return [{"prompt": "?" + text(1), "chosen": text(1), "rejected": text(1)} for _ in range(count)]
+
+
+def make_judged(count, seed=0):
+    rng = random.Random(seed)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in make_pairs(count, seed)]
+    return [{**row, "label": number % 2 == 0 or rng.random() < 0.3} for number, row in enumerate(rows)]

@@ -1,0 +1,120 @@
+"""One sequence for a prompt and its completions gives what separate sequences give, for every supported family."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from essa.config import InputError
+from essa.trdpo.batches import Collator
+from essa.trdpo.data import Example
+from essa.trdpo.logprobs import install, sequence_sums, token_logps
+from essa.trdpo.shared_prompt import FAMILIES as SUPPORTED
+from essa.trdpo.shared_prompt import sharing, why_not
+
+from .conftest import FAMILIES, make_model
+
+
+def examples(sizes):
+    rng = np.random.default_rng(torch.randint(2**31, ()).item())
+    tokens = [[rng.integers(3, 97, size, dtype=np.int32) for size in row] for row in sizes]
+    return [Example(number, prompt, tuple(rest)) for number, (prompt, *rest) in enumerate(tokens)]
+
+
+SIZES = [(12, 5, 9), (1, 1, 1), (20, 1, 7), (3, 11, 2)]
+
+
+def by_hand(model, rows):
+    """[B, 2] sums of log-probabilities from the model's own logits, one sequence at a time."""
+    sums = []
+    for example in rows:
+        for completion in example.completions:
+            ids = torch.tensor(np.concatenate((example.prompt, completion))).long()
+            logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            predicted = torch.arange(len(example.prompt), len(ids))
+            sums.append(logps[predicted - 1, ids[predicted]].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_and_separate_are_the_models_own(family, seed):
+    model, rows = make_model(family).eval(), examples(SIZES)
+    original = copy.deepcopy(model)
+    expected = by_hand(original, rows)
+    install(model)
+    for shared in (False, True):
+        assert why_not(model) is None
+        batch = Collator(0, shared)(rows)
+        model.zero_grad(set_to_none=True)
+        if shared:
+            with sharing(model):
+                found = sequence_sums(token_logps(model, batch), batch)
+                (found * torch.tensor([1.0, -0.7])).sum().backward()
+        else:
+            found = sequence_sums(token_logps(model, batch), batch)
+            (found * torch.tensor([1.0, -0.7])).sum().backward()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
+        original.zero_grad(set_to_none=True)
+        (by_hand(original, rows) * torch.tensor([1.0, -0.7])).sum().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
+            scale = theirs.grad.abs().max().item() + 1e-3
+            torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=1e-3, atol=2e-4, msg=name)
+    torch.testing.assert_close(model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape, torch.Size([1, 3, 97]))
+
+
+def test_every_supported_family_is_tested():
+    assert {make_model(family).config.model_type for family in FAMILIES} == SUPPORTED
+
+
+def test_other_families_are_named():
+    model = make_model("Mamba")
+    assert "'mamba'" in why_not(model)
+
+
+def test_gradient_checkpointing_runs_along_the_branches(seed):
+    model, rows = make_model("qwen3").train(), examples(SIZES)
+    install(model)
+    batch, gradients = Collator(0, True)(rows), []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad(set_to_none=True)
+        with sharing(model):
+            token_logps(model, batch).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_swallows_the_branches_is_refused(seed):
+    model = make_model()
+    install(model)
+    with sharing(model), pytest.raises(RuntimeError, match="hands no branches"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_the_reason_is_logged(caplog, tokenizer, tmp_path):
+    from essa.trdpo import TRDPOConfig, TRDPOTrainer
+
+    from .conftest import make_pairs
+
+    args = TRDPOConfig(str(tmp_path), use_cpu=True)
+    with caplog.at_level(logging.WARNING):
+        TRDPOTrainer(make_model("Mamba"), args=args, train_dataset=make_pairs(4), processing_class=tokenizer)
+    assert "computed twice, not shared: models of type 'mamba'" in caplog.text
+
+
+def test_a_head_that_does_more_than_we_know_is_refused():
+    model = make_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(InputError, match="LlamaForCausalLM changes its logits in a way that is not known here"):
+        install(model)
+
+
+def test_a_copy_of_the_model_runs_the_copy(seed):
+    model, ids = make_model(), torch.arange(3, 9)[None]
+    install(model)
+    other = copy.deepcopy(model).double()
+    assert other(ids).logits.dtype == torch.float64 and model(ids).logits.dtype == torch.float32
