@@ -13,17 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen2Config, Qwen2Model
 
 from essa_kernels import svd_lora
 from essa_kernels.nn import SVDLoRA
 
 from .compare import compare, timed
+from .shapes import PROJECTIONS, qwen_shaped
 
 MEMBERS = 64
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Qwen2.5-0.5B's seven projections: (d_in, d_out)
-PROJECTIONS = ((896, 896), (896, 128), (896, 128), (896, 896), (896, 4864), (896, 4864), (4864, 896))
 
 
 def make_site(d_in: int, d_out: int, rank: int, dtype: torch.dtype):
@@ -98,24 +96,10 @@ def test_against_peft_mixed_batch(benchmark, record, dtype, d=896, rank=8):
     record(compare(what, timed(ours, 10), "PEFT mixed batch", rival, rounds=15))
 
 
-@pytest.fixture(scope="module")
-def qwen_shaped():
-    """Qwen2.5-0.5B's body with random weights; its head would only dilute what the adapters cost."""
-    config = Qwen2Config(
-        hidden_size=896,
-        num_hidden_layers=24,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=1024,
-    )
-    return lambda dtype: Qwen2Model(config).to(dtype).eval()
-
-
 @pytest.mark.parametrize("length", [1, 8], ids=["decode", "prefill"])
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-def test_share_of_pure_inference(benchmark, record, qwen_shaped, dtype, rank, length):
+def test_share_of_pure_inference(benchmark, record, dtype, rank, length):
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
     with torch.inference_mode(False):
         pure = qwen_shaped(dtype)

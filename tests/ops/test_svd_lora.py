@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +14,7 @@ from torch.testing import assert_close
 
 from essa_kernels import svd_lora, svd_lora_expand_, svd_lora_shrink
 
-from .oracle import DTYPES, assert_no_worse_than_torch
+from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
 
 # rows of each member, d_in, d_out, r_a, r_b
 CASES = {
@@ -242,37 +240,12 @@ def test_no_rows(backend, counts):
 
 def test_threads_change_nothing(dtype, seed, native):
     operands = random_operands([1] * 50 + [77], 300, 200, 8, 8, dtype)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = svd_lora(*operands, backend="cpu")
-        for count in (2, 3, 7):
-            torch.set_num_threads(count)
-            assert torch.equal(svd_lora(*operands, backend="cpu"), expected)
-    finally:
-        torch.set_num_threads(threads)
+    assert_threads_change_nothing(lambda: svd_lora(*operands, backend="cpu"))
 
 
 def test_every_instruction_set(isa_environment):
     """The tests of values, in a process that is held to one instruction set."""
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "any_sizes or (cpu-cpu and halves)",
-            __file__,
-        ],
-        env=isa_environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_tests("any_sizes or (cpu-cpu and halves)", isa_environment, __file__)
 
 
 # Registration
