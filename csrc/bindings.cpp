@@ -1,4 +1,5 @@
-// The pybind11 module essa_kernels._C: raw pointers in, kernels out. Tensors are checked in Python, before any call.
+// The pybind11 module essa_kernels._C: raw pointers in, kernels out. Tensors are checked in Python, before any call; a
+// `_direct` call takes the tensors themselves and checks them here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,6 +17,7 @@
 #include "cpu/features.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "tensors.h"
 #ifdef ESSA_WITH_CUDA
 #include "cuda/essa_cuda.h"
 #endif
@@ -109,6 +112,107 @@ void svd_lora_expand_cpu(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_s
   args.u_b = pointer<void>(u_b), args.u_b_row_stride = u_b_row_stride, args.u_b_col_stride = u_b_col_stride;
   args.y = pointer<void>(y), args.y_stride = y_stride;
   run_rows(args, threads);
+}
+
+// --- Calls that take tensors. Each knows the plain case of its op's contract: it returns nothing unless all is so, for
+// Python's checks to name what is wrong or bring it into that form. It returns true when it has computed the op, and false
+// when the tensors are not on the CPU or `threads` is 0, which asks for the check alone.
+
+const DLPackExchangeAPI* exchange = nullptr;
+
+// Where the framework's tensors are read from, by the capsule that their type carries. False if it is not of use.
+bool use_exchange(py::object capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
+  const auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api->major != 1 || api->view_object == nullptr) return false;
+  exchange = api;
+  return true;
+}
+
+struct Argument {
+  Tensor& tensor;
+  py::handle object;
+};
+
+bool read(std::initializer_list<Argument> arguments) {
+  for (const Argument& argument : arguments) {
+    if (exchange->view_object(argument.object.ptr(), &argument.tensor) == 0) continue;
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+bool cover(const Tensor& offsets, int64_t rows) {
+  const int64_t* values = pointer<int64_t>(offsets.address());
+  const int64_t members = offsets.shape[0] - 1;
+  bool ascend = values[0] == 0 && values[members] == rows;
+  for (int64_t m = 0; m < members; ++m) ascend = ascend && values[m] <= values[m + 1];
+  return ascend;
+}
+
+bool runs_here(const Tensor& tensor, int threads) { return tensor.device_type == kCpuDevice && threads > 0; }
+
+bool shrink_fits(const Tensor& x, const Tensor& v_a, const Tensor& core, const Tensor& s_a, const Tensor& s_b,
+                 const Tensor& offsets, Rows& x_rows) {
+  if (v_a.ndim != 2 || s_b.ndim != 2 || x.dtype() < 0 || !x_rows.take(x)) return false;
+  const int64_t r_a = v_a.shape[0], d_in = v_a.shape[1], members = s_b.shape[0], r_b = s_b.shape[1];
+  return r_a * d_in * r_b > 0 && x.shape[x.ndim - 1] == d_in && v_a.is(x.dtype(), {r_a, d_in}) &&
+         core.is(cpu::kFloat32, {r_b, r_a}) && s_a.is(cpu::kFloat32, {members, r_a}) &&
+         s_b.is(cpu::kFloat32, {members, r_b}) && offsets.is(kInt64, {members + 1}) && v_a.is_beside(x) &&
+         core.is_beside(x) && s_a.is_beside(x) && s_b.is_beside(x) && offsets.is_beside(x) &&
+         (x.device_type != kCpuDevice || cover(offsets, x_rows.count));
+}
+
+bool expand_fits(const Tensor& y, const Tensor& u_b, int64_t r_b, int64_t rows, Rows& y_rows) {
+  if (y.dtype() < 0 || !y_rows.take(y) || u_b.ndim != 2) return false;
+  const int64_t d_out = y.shape[y.ndim - 1];
+  const bool transposed = (u_b.strides[0] == 1 || d_out == 1) && (u_b.strides[1] == d_out || r_b == 1);
+  return d_out * r_b > 0 && y_rows.count == rows && (rows < 2 || y_rows.stride >= d_out) &&
+         u_b.has_shape({d_out, r_b}) && u_b.dtype() == y.dtype() && u_b.is_beside(y) &&
+         (transposed || u_b.is_contiguous());
+}
+
+std::optional<bool> svd_lora_direct(py::handle y_, py::handle x_, py::handle v_a_, py::handle core_, py::handle u_b_,
+                                    py::handle s_a_, py::handle s_b_, py::handle offsets_, int threads) {
+  Tensor y, x, v_a, core, u_b, s_a, s_b, offsets;
+  Rows x_rows, y_rows;
+  if (!read({{y, y_}, {x, x_}, {v_a, v_a_}, {core, core_}, {u_b, u_b_}, {s_a, s_a_}, {s_b, s_b_}, {offsets, offsets_}}) ||
+      !shrink_fits(x, v_a, core, s_a, s_b, offsets, x_rows) ||
+      !expand_fits(y, u_b, core.shape[0], x_rows.count, y_rows) || y.dtype() != x.dtype() || !y.is_beside(x) ||
+      y.ndim != x.ndim || !std::equal(x.shape, x.shape + x.ndim - 1, y.shape))
+    return std::nullopt;
+  if (!runs_here(y, threads)) return false;
+  svd_lora_cpu(y.address(), y_rows.stride, x.address(), x_rows.stride, v_a.address(), core.address(), u_b.address(),
+               u_b.strides[0], u_b.strides[1], s_a.address(), s_b.address(), offsets.address(), x_rows.count,
+               s_b.shape[0], v_a.shape[1], u_b.shape[0], v_a.shape[0], core.shape[0], x.dtype(), threads);
+  return true;
+}
+
+std::optional<bool> svd_lora_shrink_direct(py::handle h_, py::handle x_, py::handle v_a_, py::handle core_,
+                                           py::handle s_a_, py::handle s_b_, py::handle offsets_, int threads) {
+  Tensor h, x, v_a, core, s_a, s_b, offsets;
+  Rows x_rows;
+  if (!read({{h, h_}, {x, x_}, {v_a, v_a_}, {core, core_}, {s_a, s_a_}, {s_b, s_b_}, {offsets, offsets_}}) ||
+      !shrink_fits(x, v_a, core, s_a, s_b, offsets, x_rows) || !h.is(cpu::kFloat32, {x_rows.count, core.shape[0]}))
+    return std::nullopt;
+  if (!runs_here(x, threads)) return false;
+  svd_lora_shrink_cpu(h.address(), h.shape[1], x.address(), x_rows.stride, v_a.address(), core.address(),
+                      s_a.address(), s_b.address(), offsets.address(), x_rows.count, s_b.shape[0], v_a.shape[1],
+                      v_a.shape[0], core.shape[0], x.dtype(), threads);
+  return true;
+}
+
+std::optional<bool> svd_lora_expand_direct(py::handle y_, py::handle h_, py::handle u_b_, int threads) {
+  Tensor y, h, u_b;
+  Rows y_rows, h_rows;
+  if (!read({{y, y_}, {h, h_}, {u_b, u_b_}}) || h.ndim != 2 || h.dtype() != cpu::kFloat32 || !h_rows.take(h) ||
+      !expand_fits(y, u_b, h.shape[1], h.shape[0], y_rows) || !h.is_beside(y))
+    return std::nullopt;
+  if (!runs_here(y, threads)) return false;
+  svd_lora_expand_cpu(y.address(), y_rows.stride, h.address(), h_rows.stride, u_b.address(), u_b.strides[0],
+                      u_b.strides[1], y_rows.count, u_b.shape[0], h.shape[1], y.dtype(), threads);
+  return true;
 }
 
 // A thread's share of rows that draws the noise once; splitting more rows off costs less than leaving threads idle.
@@ -321,6 +425,10 @@ PYBIND11_MODULE(_C, m) {
   const char* limit = std::getenv("ESSA_CPU_ISA");
   kernels = &cpu::choose_kernels(limit == nullptr ? "" : limit);
   m.def("build_info", &build_info);
+  m.def("use_exchange", &use_exchange);
+  m.def("svd_lora_direct", &svd_lora_direct);
+  m.def("svd_lora_shrink_direct", &svd_lora_shrink_direct);
+  m.def("svd_lora_expand_direct", &svd_lora_expand_direct);
   m.def("gaussian_cpu", &gaussian_cpu);
   m.def("rademacher_cpu", &rademacher_cpu);
   m.def("linear_logprob_cpu", &linear_logprob_cpu);

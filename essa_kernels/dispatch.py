@@ -136,6 +136,21 @@ def resolve(
     return getattr(importlib.import_module(MODULES[backend].format(file=file)), function)
 
 
+@functools.cache
+def direct(op: str) -> Callable[..., bool | None]:
+    """The compiled call of ``op`` that takes its tensors and the number of CPU threads, 0 for a check alone.
+
+    It returns True when it has computed ``op`` on the CPU, False when it could not but the tensors fit the op's contract,
+    None when they may not: always None without the compiled module, or from a torch before 2.10.
+    """
+    file, function = OPS[op]
+    if compiled_module_error() is None:
+        native = importlib.import_module(MODULES["cpu"].format(file=file))
+        if native.READS_TENSORS:
+            return native.direct(function)
+    return lambda *_: None
+
+
 def preference(device_type: str, beyond_decode: bool) -> tuple[str, ...]:
     """The backends for a device, best first."""
     backends = PREFERENCE[device_type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch import Tensor
 from . import _C  # type: ignore[attr-defined]
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Whether compiled calls can take tensors: torch shows them how to read one since 2.10.
+READS_TENSORS: bool = _C.use_exchange(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def direct(function: str) -> Callable[..., bool | None]:
+    """The call that takes tensors, checks them and computes a function of this module; see `dispatch.direct`."""
+    return getattr(_C, function.rstrip("_") + "_direct")
 
 
 def gaussian(out: Tensor, seed: int, generation: int, site: int, member: int) -> None:

@@ -8,7 +8,6 @@ from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from .registration import (
-    DTYPES,
     beyond_decode,
     check_contiguous,
     check_floating,
@@ -16,6 +15,7 @@ from .registration import (
     check_no_grad,
     check_offsets,
     check_tensors,
+    direct,
     register,
     rows_of_x,
     rows_of_y,
@@ -117,69 +117,6 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
     return y
 
 
-# Reading the properties of nine tensors is most of what a call costs. So a call first asks once whether all is well,
-# as cheaply as it can, and goes through the arguments one by one only to name what is wrong.
-
-
-def _shrink_fits(x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> bool:
-    if x.dim() == 0 or v_a.dim() != 2 or s_b.dim() != 2 or torch.is_grad_enabled():
-        return False
-    (r_a, d_in), (members, r_b) = v_a.shape, s_b.shape
-    return (
-        x.shape[-1] == d_in
-        and core.shape == (r_b, r_a)
-        and s_a.shape == (members, r_a)
-        and offsets.shape == (members + 1,)
-        and r_a * d_in * r_b > 0
-        and v_a.dtype is x.dtype
-        and x.dtype in DTYPES
-        and core.dtype is s_a.dtype is s_b.dtype is torch.float32
-        and offsets.dtype is torch.int64
-        and x.device == v_a.device == core.device == s_a.device == s_b.device == offsets.device
-        and v_a.is_contiguous()
-        and core.is_contiguous()
-        and s_a.is_contiguous()
-        and s_b.is_contiguous()
-        and offsets.is_contiguous()
-    )
-
-
-def _svd_lora_fits(
-    y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
-) -> bool:
-    return (
-        _shrink_fits(x, v_a, core, s_a, s_b, offsets)
-        and y.shape[:-1] == x.shape[:-1]
-        and _expand_fits(y, u_b, core.shape[0])
-        and y.dtype is x.dtype
-        and y.device == x.device
-    )
-
-
-def _expand_fits(y: Tensor, u_b: Tensor, r_b: int) -> bool:
-    return (
-        u_b.shape == (y.shape[-1], r_b)
-        and u_b.numel() > 0
-        and u_b.dtype is y.dtype
-        and u_b.device == y.device
-        and u_b.is_contiguous()
-    )
-
-
-def _expand_with_h_fits(y: Tensor, h: Tensor, u_b: Tensor) -> bool:
-    return (
-        y.dim() > 0
-        and h.dim() == 2
-        and not torch.is_grad_enabled()
-        and _expand_fits(y, u_b, h.shape[1])
-        and h.shape[0] * y.shape[-1] == y.numel()
-        and y.dtype in DTYPES
-        and h.dtype is torch.float32
-        and h.device == y.device
-        and (h.stride(1) == 1 or h.shape[1] == 1)
-    )
-
-
 def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
     check_floating(op, "x", x)
@@ -249,8 +186,12 @@ def _fake(x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None:
+    done = direct("svd_lora", backend, y, x, v_a, core, u_b, s_a, s_b, offsets)
+    if done:
+        increment_version(y)
+        return
     implementation = dispatch.resolve("svd_lora", x.device, backend, beyond_decode(x))
-    if not _svd_lora_fits(y, x, v_a, core, u_b, s_a, s_b, offsets):
+    if done is None:
         _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
     x, y = rows_of_x(x), rows_of_y("svd_lora", y)
     check_offsets("svd_lora", offsets, x.shape[0])
@@ -264,12 +205,15 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
 
 
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
+    h = x.new_empty(x.shape[:-1].numel(), *s_b.shape[-1:], dtype=torch.float32)
+    done = direct("svd_lora_shrink", backend, h, x, v_a, core, s_a, s_b, offsets)
+    if done:
+        return h
     implementation = dispatch.resolve("svd_lora_shrink", x.device, backend, beyond_decode(x))
-    if not _shrink_fits(x, v_a, core, s_a, s_b, offsets):
+    if done is None:
         _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
     x = rows_of_x(x)
     check_offsets("svd_lora_shrink", offsets, x.shape[0])
-    h = x.new_empty(x.shape[0], core.shape[0], dtype=torch.float32)
     if x.shape[0]:
         implementation(h, x, v_a, core, s_a, s_b, offsets)
     return h
@@ -281,8 +225,12 @@ def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
 
 
 def _run_expand(y, h, u_b, backend=None) -> None:
+    done = direct("svd_lora_expand_", backend, y, h, u_b)
+    if done:
+        increment_version(y)
+        return
     implementation = dispatch.resolve("svd_lora_expand_", y.device, backend, beyond_decode(y))
-    if not _expand_with_h_fits(y, h, u_b):
+    if done is None:
         _check_expand(y, h, u_b)
     y = rows_of_y("svd_lora_expand_", y)
     if y.shape[0]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from essa_kernels import svd_lora, svd_lora_expand_, svd_lora_shrink
+from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_shrink
 
 from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
 
@@ -241,6 +241,36 @@ def test_no_rows(backend, counts):
 def test_threads_change_nothing(dtype, seed, native):
     operands = random_operands([1] * 50 + [77], 300, 200, 8, 8, dtype)
     assert_threads_change_nothing(lambda: svd_lora(*operands, backend="cpu"))
+
+
+def test_the_plain_case_is_one_compiled_call(dtype, seed, native):
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch does not show tensors to compiled calls")
+    operands = random_operands([4, 0, 8], 65, 33, 8, 8, dtype)
+    y, h = torch.zeros(12, 33, dtype=dtype), torch.full((12, 8), torch.nan)
+    for op, tensors in [
+        ("svd_lora", (y, *operands)),
+        ("svd_lora_shrink", (h, *operands.of_shrink)),
+        ("svd_lora_expand_", (y, h, operands.u_b)),
+    ]:
+        before = tensors[0].clone()
+        assert dispatch.direct(op)(*tensors, 0) is False
+        assert_close(tensors[0], before, rtol=0, atol=0, equal_nan=True)
+        assert dispatch.direct(op)(*tensors, 1) is True
+        assert not torch.equal(tensors[0], before)
+        assert dispatch.direct(op)(*tensors[:-1], tensors[-1][:-1], 1) is None
+
+
+def test_a_torch_that_shows_no_tensors_computes_the_same(dtype, seed, native, monkeypatch):
+    operands = random_operands([4, 0, 8], 65, 33, 8, 8, dtype)
+
+    def both_ways() -> tuple[Tensor, Tensor]:
+        h = svd_lora_shrink(*operands.of_shrink)
+        return svd_lora(*operands), svd_lora_expand_(torch.zeros(12, 33, dtype=dtype), h, operands.u_b)
+
+    expected = both_ways()
+    monkeypatch.setattr(dispatch, "direct", lambda op: lambda *_: None)
+    assert_close(both_ways(), expected, rtol=0, atol=0)
 
 
 def test_every_instruction_set(isa_environment):
