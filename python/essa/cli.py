@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
+from essa.trdpo.settings import COMMAND_FILE, CommandSettings
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
@@ -66,6 +67,18 @@ def _read_run(context: typer.Context, directory: str | None) -> str | None:
             recorded = Run.read(directory).about.get("command", {})
         except InputError as error:
             raise typer.BadParameter(str(error)) from error
+        _add_defaults(context, {**recorded, "output_dir": directory})
+    return directory
+
+
+def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
+    """Take the defaults of `essa trdpo` from the run that is to be resumed."""
+    if directory is not None:
+        path = Path(directory, COMMAND_FILE)
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"no run to resume in {directory!r}: {error}") from error
         _add_defaults(context, {**recorded, "output_dir": directory})
     return directory
 
@@ -236,6 +249,69 @@ def align(
         typer.echo(f"evaluation: {summary['eval_reward_before']:.3f} -> {summary['eval_reward']:.3f}")
     typer.echo(f"{summary['samples']:,} samples in {summary['seconds']:.1f} s")
     typer.echo(f"adapter: {folder / 'adapter'}\nreport:  {folder / 'report.html'}")
+
+
+@_command(CommandSettings)
+def trdpo(
+    model_name_or_path: Model,
+    dataset_name: Annotated[
+        str,
+        typer.Option(
+            "--dataset_name",
+            help="Pairs (`prompt`, `chosen`, `rejected`; Anthropic's HH and OpenAI's TL;DR as they are) or, with "
+            "--loss_type kto, judged rows (`prompt`, `completion`, `label`): a file or a name on the hub.",
+        ),
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="LoRA adapter to start from: folder or hub name. Default: a new one."),
+    ] = None,
+    dataset_split: DataSplit = "train",
+    eval_dataset_name: Annotated[
+        str | None, typer.Option("--eval_dataset_name", help="Rows to evaluate on, never trained on.")
+    ] = None,
+    eval_dataset_split: Annotated[
+        str, typer.Option("--eval_dataset_split", help="Split of an evaluation dataset on the hub.")
+    ] = "test",
+    eval_split: Annotated[
+        float | None,
+        typer.Option("--eval_split", help="Keep this fraction of dataset_name out of training, to evaluate on."),
+    ] = None,
+    resume_from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--resume_from_checkpoint",
+            callback=_read_trdpo,
+            is_eager=True,
+            help="Folder of a run to continue from its last checkpoint. Its options need not be repeated.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    config: Config = None,
+    **settings: Any,
+) -> None:
+    """Align a model to preferences: DPO, IPO or KTO with a reference that follows the policy (TR-DPO).
+
+    The result is output_dir/adapter, or output_dir/model with --lora_r 0.
+    """
+    options = CommandSettings(**settings)
+    options.check()
+    _quiet()
+    from essa.trdpo.command import run_trdpo
+
+    run_trdpo(
+        options,
+        model_name_or_path=model_name_or_path,
+        adapter=adapter,
+        dataset_name=dataset_name,
+        dataset_split=dataset_split,
+        eval_dataset_name=eval_dataset_name,
+        eval_dataset_split=eval_dataset_split,
+        eval_split=eval_split,
+        resume=resume_from_checkpoint is not None,
+        trust_remote_code=trust_remote_code,
+        say=lambda line: typer.echo(line, err=line.startswith("step")),
+    )
 
 
 @_command(SFTConfig)

@@ -13,6 +13,7 @@ CHAT_TEMPLATE = (
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than the searches of these tests; those that look at the drawing ask for `pictures`."""
     if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("essa.report.picture", lambda draw, title, size: (b"\x89PNG", "<svg></svg>"))
         monkeypatch.setattr(
             "essa.report._draw", lambda curves, title: (b"\x89PNG", f"<svg>{[curve.name for curve in curves]}</svg>")
         )

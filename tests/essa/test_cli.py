@@ -242,7 +242,7 @@ def test_info():
     assert "svd_lora" in result.stdout and '"noise_version": 1' in result.stdout
 
 
-@pytest.mark.parametrize("command", ["align", "sft", "eval"])
+@pytest.mark.parametrize("command", ["align", "sft", "eval", "trdpo"])
 def test_help_explains_every_option(command):
     result = essa(command, "--help")
     assert result.exit_code == 0
@@ -254,7 +254,7 @@ def test_help_imports_nothing_heavy():
     code = (
         "import sys, essa, essa.cli\n"
         "from typer.testing import CliRunner\n"
-        "assert CliRunner().invoke(essa.cli.app, ['align', '--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(essa.cli.app, ['trdpo', '--help']).exit_code == 0\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'numpy', 'datasets', 'matplotlib') if m in sys.modules])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -50,7 +50,7 @@ class Collator:
         if examples[0].desirable is not None:
             batch["desirable"] = torch.tensor([bool(example.desirable) for example in examples])
         if examples[0].reference is not None:
-            batch["reference_logps"] = torch.tensor([example.reference for example in examples])
+            batch["reference_logps"] = torch.tensor([e.reference for e in examples], dtype=torch.float64)
         return batch
 
     def _shared(self, paired: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ def token_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def sequence_sums(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Sums [B, 2] of `values` [N] over the completions."""
+    """Sums [B, 2] of `values` [N] over the completions, in float64: a long completion's would lose digits in float32."""
     rows = len(batch["rows"])
-    return values.new_zeros(2 * rows).index_add(0, batch["sequence"], values).view(rows, 2)
+    sums = values.new_zeros(2 * rows, dtype=torch.float64).index_add(0, batch["sequence"], values.double())
+    return sums.view(rows, 2)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from essa.config import Checks, InputError, setting
+from essa.config import REPORTERS, Checks, InputError, setting
 
 LOSS_TYPES = ("sigmoid", "ipo", "kto")
 REF_UPDATES = ("soft", "hard", "none")
+COMMAND_FILE = "trdpo.json"
+"""Holds the options of `essa trdpo`, so that a resumed run need not be told them again."""
 
 
 @dataclass
@@ -87,6 +89,7 @@ class CommandSettings(MethodSettings):
         "all-linear", "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head."
     )
     dtype: str = setting("auto", "auto (as saved), float32, bfloat16 or float16.")
+    quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8, int4 or none.")
     device: str = setting("auto", "auto (a GPU if there is one) or cpu.")
     learning_rate: float = setting(1e-6, "Step size of AdamW. LoRA adapters usually want 10 to 100 times the default.")
     lr_scheduler_type: str = setting("linear", "Schedule of the learning rate, by transformers' names.")
@@ -107,3 +110,20 @@ class CommandSettings(MethodSettings):
     report_to: str = setting("none", "Also log to tensorboard or wandb (installed separately), or none.")
     run_name: str | None = setting(None, "Name of the run in wandb and in the report.")
     seed: int = setting(42, "Seed of the adapter's initial weights and of the order of rows.")
+
+    def check(self) -> None:
+        """Raise `InputError` for an option that cannot be used."""
+        super().check()
+        self._check_path("output_dir")
+        self._check_int("lora_r", 0)
+        for name in ("lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            self._check_int(name, 1)
+        if not isinstance(self.lora_target_modules, str) or not self.lora_target_modules:
+            raise InputError(f"lora_target_modules must be text, got {self.lora_target_modules!r}")
+        self._check_choice("device", ("auto", "cpu"))
+        self._check_choice("report_to", REPORTERS)
+        self._check_float("learning_rate", above=0.0)
+        for name in ("eval_steps", "save_steps"):
+            self._check_int(name, 0)
+        if self.quantization != "none" and self.lora_r == 0:
+            raise InputError("quantization must be none with lora_r 0: the whole model cannot be trained quantised")

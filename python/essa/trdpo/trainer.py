@@ -167,7 +167,7 @@ class TRDPOTrainer(Trainer):
         args = self.args
         reference_tokens, reference = self._reference_logps(inputs)
         tokens, policy = self._logps(model, inputs)
-        ratios = policy - reference
+        ratios = (policy - reference).float()
         if self._kto:
             kl = self.accelerator.gather(ratios[:, 1].detach().mean()).mean().clamp(min=0)
             loss = losses.kto(

@@ -1,0 +1,175 @@
+"""What `essa trdpo` does once its options are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+
+from essa.checkpoint import write_atomically
+from essa.config import InputError
+from essa.data import read_rows, split_rows
+from essa.models import load_adapter, load_base
+from essa.trdpo.config import TRDPOConfig
+from essa.trdpo.settings import COMMAND_FILE, CommandSettings
+from essa.trdpo.trainer import TRDPOTrainer
+
+NOT_TRAINING_ARGUMENTS = ("lora_r", "lora_alpha", "lora_target_modules", "dtype", "quantization", "device")
+
+
+def run_trdpo(
+    settings: CommandSettings,
+    *,
+    model_name_or_path: str,
+    adapter: str | None,
+    dataset_name: str,
+    dataset_split: str,
+    eval_dataset_name: str | None,
+    eval_dataset_split: str,
+    eval_split: float | None,
+    resume: bool,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> TRDPOTrainer:
+    """Train, save the policy as output_dir/adapter or output_dir/model, and write the report.
+
+    Args:
+        settings: the checked options.
+        resume: continue from the last whole checkpoint in output_dir.
+        say: prints a line.
+
+    Raises:
+        InputError: an option or a row cannot be used.
+    """
+    settings.check()
+    folder = Path(settings.output_dir)
+    if not resume and (folder / COMMAND_FILE).exists():
+        raise InputError(
+            f"output_dir {settings.output_dir!r} already holds a run; resume it with resume_from_checkpoint, or choose "
+            "another output_dir"
+        )
+    checkpoint = _last_checkpoint(folder) if resume else None
+    if eval_dataset_name is not None and eval_split is not None:
+        raise InputError("eval_dataset_name and eval_split cannot both be given")
+    if adapter is not None and settings.lora_r == 0:
+        raise InputError("adapter must not be given with lora_r 0, which trains the whole model")
+    args = _training_arguments(settings, evaluate=eval_dataset_name is not None or eval_split is not None)
+    train, evaluation = read_rows(dataset_name, split=dataset_split), None
+    if eval_dataset_name is not None:
+        evaluation = read_rows(eval_dataset_name, split=eval_dataset_split, argument="eval_dataset_name")
+    if eval_split is not None:
+        train, evaluation = split_rows(train, eval_split, settings.seed)
+    model: Any
+    model, tokenizer = load_base(
+        model_name_or_path,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        device=settings.device,
+        trust_remote_code=trust_remote_code,
+    )
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    trainer = TRDPOTrainer(
+        model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=_lora(settings) if adapter is None and settings.lora_r else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Lines(say))
+    folder.mkdir(parents=True, exist_ok=True)
+    command = {
+        "model_name_or_path": _absolute(model_name_or_path),
+        "adapter": _absolute(adapter),
+        "dataset_name": _absolute(dataset_name),
+        "dataset_split": dataset_split,
+        "eval_dataset_name": _absolute(eval_dataset_name),
+        "eval_dataset_split": eval_dataset_split,
+        "eval_split": eval_split,
+        "trust_remote_code": trust_remote_code,
+        **dataclasses.asdict(settings),
+    }
+    write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        say(
+            f"Stopped after step {trainer.state.global_step}; resume with `essa trdpo --resume_from_checkpoint {folder}`"
+        )
+        raise
+    kind = "adapter" if settings.lora_r else "model"
+    trainer.save_model(str(folder / kind))
+    if evaluation is not None:
+        metrics = trainer.evaluate()
+        say(f"evaluation: loss {metrics['eval_loss']:.4f}, accuracy {metrics['eval_rewards/accuracies']:.3f}")
+    say(f"{kind + ':':<9}{folder / kind}")
+    if settings.report:
+        say(f"report:  {folder / 'report.html'}")
+    return trainer
+
+
+def _training_arguments(settings: CommandSettings, *, evaluate: bool) -> TRDPOConfig:
+    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_TRAINING_ARGUMENTS}
+    eval_steps, save_steps = own.pop("eval_steps"), own.pop("save_steps")
+    if evaluate and eval_steps:
+        own |= {"eval_strategy": "steps", "eval_steps": eval_steps}
+    own |= {"save_strategy": "steps", "save_steps": save_steps} if save_steps else {"save_strategy": "no"}
+    try:
+        return TRDPOConfig(**own, disable_tqdm=True, use_cpu=settings.device == "cpu")
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(str(error)) from error
+
+
+def _lora(settings: CommandSettings) -> LoraConfig:
+    targets: str | list[str] = settings.lora_target_modules
+    if settings.lora_target_modules != "all-linear":
+        targets = [target.strip() for target in settings.lora_target_modules.split(",")]
+    return LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """The newest checkpoint that was written whole: the trainer's state is its last file."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    if not whole:
+        raise InputError(f"no checkpoint to resume in {str(folder)!r}; its run was to save one every save_steps steps")
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _absolute(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
+class _Lines(TrainerCallback):
+    """A line for every log."""
+
+    SHOWN = (
+        ("loss", "loss {:.4f}"),
+        ("rewards/accuracies", "accuracy {:.3f}"),
+        ("rewards/margins", "margin {:+.4f}"),
+        ("kl/policy_reference", "KL to reference {:.2e}"),
+        ("kl/policy_initial", "KL to start {:.2e}"),
+        ("eval_loss", "evaluation: loss {:.4f}"),
+        ("eval_rewards/accuracies", "accuracy {:.3f}"),
+    )
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._updates = say, 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        parts = [text.format(logs[name]) for name, text in self.SHOWN if name in logs]
+        if parts and state.is_world_process_zero:
+            if logs.get("reference/updates", 0) > self._updates:
+                self._updates = logs["reference/updates"]
+                parts.append(f"reference moved at step {logs['reference/last_update']}")
+            self._say(f"step {state.global_step}/{state.max_steps}: " + "  ".join(parts))
