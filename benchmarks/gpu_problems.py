@@ -20,6 +20,7 @@ from essa_kernels import NoiseKey, dispatch
 KEY = NoiseKey(seed=2026)
 MEMBERS = 64
 DTYPE = torch.bfloat16
+DISTRIBUTIONS = ("gaussian", "rademacher")
 
 Call = Callable[[str], object]
 
@@ -119,17 +120,59 @@ def svd_lora_expand(a: Adapter) -> Problem:
     return Problem(a.what, make, a.bytes_of(h=1, y=2, u_b=1), a.flops(a.d_out))
 
 
+def lora_perturbed(a: Adapter, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        x, y, members, offsets = a.x(device), a.y(device), torch.arange(MEMBERS, device=device), a.offsets(device)
+        v_a, _, u_b = a.factors(device)
+        options = {"distribution": distribution, "y": y}
+        return lambda backend: essa_kernels.lora_perturbed(
+            x, v_a, u_b, KEY, 1e-2, members, offsets, backend=backend, **options
+        )
+
+    normals = MEMBERS // 2 * a.rank * (a.d_in + a.d_out)
+    return Problem(
+        f"{a.what}, {distribution}", make, a.bytes_of(x=1, y=2, v_a=1, u_b=1), a.flops(a.d_in, a.d_out), normals
+    )
+
+
+def lowrank_perturbed(a: Adapter, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        x, y, members, offsets = a.x(device), a.y(device), torch.arange(MEMBERS, device=device), a.offsets(device)
+        options = {"rank": a.rank, "distribution": distribution, "y": y}
+        return lambda backend: essa_kernels.lowrank_perturbed(
+            x, a.d_out, KEY, 1e-2, members, offsets, backend=backend, **options
+        )
+
+    normals = MEMBERS // 2 * a.rank * (a.d_in + a.d_out)
+    return Problem(f"{a.what}, {distribution}", make, a.bytes_of(x=1, y=2), a.flops(a.d_in, a.d_out), normals)
+
+
+def lowrank_update(d_out: int, d_in: int, members: int, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        w, weights = torch.zeros(d_out, d_in, device=device, dtype=DTYPE), torch.randn(members, device=device)
+        return lambda backend: essa_kernels.lowrank_update_(w, KEY, weights, distribution=distribution, backend=backend)
+
+    pairs = members // 2
+    what = f"{d_in} -> {d_out}, rank 1, {members} members, bf16, {distribution}"
+    return Problem(what, make, 2 * 2 * d_out * d_in, 2 * pairs * d_out * d_in, pairs * (d_out + d_in))
+
+
 def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     """op -> its problems, for every op there is; widths and counts divided by ``shrink``."""
     width = 4096 // shrink
     count = 2**28 // shrink**2
     adapters = [Adapter(rows, width, width, 16) for rows in (64, 512, 8192 // shrink)]
+    few, many = (Adapter(rows, width, width, rank=8) for rows in (64, 512))
+    rank_one = [Adapter(rows, width, width, rank=1) for rows in (64, 512)]
     return {
         "gaussian": [fill(essa_kernels.gaussian, count)],
         "rademacher": [fill(essa_kernels.rademacher, count)],
         "svd_lora": [svd_lora(adapter) for adapter in adapters],
         "svd_lora_shrink": [svd_lora_shrink(adapter) for adapter in adapters],
         "svd_lora_expand_": [svd_lora_expand(adapter) for adapter in adapters],
+        "lora_perturbed": [*(lora_perturbed(few, d) for d in DISTRIBUTIONS), lora_perturbed(many, "gaussian")],
+        "lowrank_perturbed": [lowrank_perturbed(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS],
+        "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
     }
 
 

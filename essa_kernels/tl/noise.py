@@ -141,6 +141,22 @@ def signs_of(words, bit, sign):
 
 
 @triton.jit
+def draw_groups(row, group, lane, tiles_per_row, k0, k1, site, pair, generation, RADEMACHER: tl.constexpr):
+    """Elements group * 64 + word * 16 + lane of a row, for words 0 to 3, with the sign of the even member.
+
+    The layout is that of Gaussian tiles. A group of a Rademacher tile is one bit of its words.
+    """
+    if RADEMACHER:
+        tile = row * tiles_per_row + group // 32
+        w0, w1, w2, w3 = philox((tile * LANES + lane).to(tl.uint32), site, pair, generation, k0, k1)
+        bit = group % 32
+        return signs_of(w0, bit, 0), signs_of(w1, bit, 0), signs_of(w2, bit, 0), signs_of(w3, bit, 0)
+    else:
+        block = ((row * tiles_per_row + group) * LANES + lane).to(tl.uint32)
+        return gaussian_blocks(block, k0, k1, site, pair, generation, 0)
+
+
+@triton.jit
 def _span(out, tile, tiles, tiles_per_row, cols, TILE: tl.constexpr):
     """Where each tile starts in ``out`` and how many of its elements exist."""
     row = tile // tiles_per_row

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from essa_kernels.reference import lora_perturbed as reference_lora
+from essa_kernels.reference import lowrank as reference_lowrank
 from essa_kernels.reference import noise as reference
-from essa_kernels.tl import config, noise, svd_lora
+from essa_kernels.tl import config, lora_perturbed, lowrank, noise, svd_lora
 
 from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
 
@@ -96,3 +98,44 @@ def test_owners_are_found_in_more_than_one_step(seed):
     h = torch.full((40, 1), float("nan"))
     svd_lora.svd_lora_shrink(h, *p.of_shrink)
     assert_h(h, p)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("shape", "d_in"), [({"block_rows": 4, "lanes": 16}, 129), ({"lanes": 256, "programs": 32}, 2100)]
+)
+def test_perturbed_forward(configure, seed, distribution, shape, d_in):
+    """A pair apart, an odd member alone, an empty group; d_in in several splits, rows in several blocks."""
+    configure({"perturbed": shape})
+    members, offsets = torch.tensor([4, 9, 2, 5]), torch.tensor([0, 3, 5, 5, 12])
+    where, key = (members, offsets), (2**64 - 1, 7, 4)
+    for dtype, d_out, rank in ((torch.float32, 70, 2), (torch.bfloat16, 129, 1)):
+        x, a = (torch.randn(rows, d_in).div(d_in**0.5).to(dtype) for rows in (12, rank))
+        frame = torch.randn(12, d_out + 8).to(dtype)
+        y, beside = frame[:, :d_out], frame[:, d_out:].clone()
+        b, expected = torch.randn(rank, d_out).to(dtype).T, y.clone()
+        reference_lora.lora_perturbed_(expected, x, a, b, *key, 0.3, *where, 2.0, distribution)
+        lora_perturbed.lora_perturbed_(y, x, a, b, *key, 0.3, *where, 2.0, distribution)
+        torch.testing.assert_close(y, expected)
+        expected = y.clone()
+        reference_lowrank.lowrank_perturbed_(expected, x, *key, 0.3, *where, rank, distribution)
+        lowrank.lowrank_perturbed_(y, x, *key, 0.3, *where, rank, distribution)
+        torch.testing.assert_close(y, expected)
+        assert torch.equal(frame[:, d_out:], beside), "wrote beside y"
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("side", [64, 128])
+def test_lowrank_updates_have_the_bits_of_the_contract(configure, seed, distribution, side):
+    configure({"lowrank_update": {"side": side}})
+    shapes = [(1, 1), (70, 65), (1, 2100 * side // 128)]
+    flat = [torch.randn(rows * cols + 1).to(DTYPES[i % 3]) for i, (rows, cols) in enumerate(shapes)]
+    got = [f[:-1].view(shape) for f, shape in zip(flat, shapes, strict=True)]
+    expected, ends = [tensor.clone() for tensor in got], [float(f[-1]) for f in flat]
+    for implementation, tensors in ((lowrank, got), (reference_lowrank, expected)):
+        implementation.lowrank_update_(
+            tensors, 2**63 + 5, 2**32 - 1, 4, torch.tensor([0.5, 0.0, -1.3]), 2, distribution
+        )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+    assert ends == [float(f[-1]) for f in flat], "wrote past the end"

@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from essa_kernels.tl import config, noise, svd_lora
+from essa_kernels.tl import config, lora_perturbed, lowrank, noise, svd_lora
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,6 +61,9 @@ def compiled(launch: Launch, arch: str) -> Any:
         elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+            aligned = False
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
             aligned = False
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -181,3 +184,52 @@ def test_svd_lora(launches, arch, dtype, rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_svd_lora_at_other_shapes(launches, arch, dtype, rank, size):
     check_svd_lora(launches, arch, dtype, rank, size)
+
+
+def check_perturbed(launches, arch, dtype: torch.dtype, distribution: str, rows: int) -> None:
+    """Both kernels of both forward ops, with so many rows for 64 members."""
+    y, x, a, _, b, *_, offsets = operands(rows, 8, dtype, 4096)
+    members = torch.empty(64, dtype=torch.int64, device="meta")
+    where = (members, offsets)
+    lora_perturbed.lora_perturbed_(y, x, a, b, 2**64 - 1, 5, 2, 0.01, *where, 2.0, distribution)
+    lowrank.lowrank_perturbed_(y, x, 2**64 - 1, 5, 2, 0.01, *where, 1, distribution)
+    assert len(launches) == 4
+    for launch in launches:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=255)
+        if arch.startswith("sm"):
+            assert_noise_is_correctly_rounded(kernel.asm["ptx"])
+
+
+def assert_noise_is_correctly_rounded(ptx: str) -> None:
+    """Beside a product that may be fused: nothing approximate, and no square root but the exact one."""
+    assert not re.search(r"\.approx|\.ftz", ptx)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_perturbed(launches, arch, distribution):
+    check_perturbed(launches, arch, torch.bfloat16, distribution, rows=512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [64, 4096])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_perturbed_at_other_shapes(launches, arch, dtype, distribution, rows):
+    check_perturbed(launches, arch, dtype, distribution, rows)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_lowrank_update(launches, arch, distribution):
+    weights = [torch.empty(4864, 896, dtype=torch.bfloat16, device="meta"), torch.empty(129, 7, device="meta")]
+    lowrank.lowrank_update_(weights, 2**64 - 1, 5, 2, torch.empty(32, device="meta"), 2, distribution)
+    assert len(launches) == 2
+    for launch in launches:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=255)
+        if arch.startswith("gfx"):
+            assert_correctly_rounded_on_amd(kernel.asm["amdgcn"])
+        elif distribution == "gaussian":
+            assert_correctly_rounded(kernel.asm["ptx"])
+        else:
+            assert "fma.rn.f32" in kernel.asm["ptx"]

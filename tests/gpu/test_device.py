@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from essa_kernels import NoiseKey, dispatch, gaussian, rademacher, svd_lora, svd_lora_expand_, svd_lora_shrink
+from essa_kernels import (
+    NoiseKey,
+    dispatch,
+    gaussian,
+    lora_perturbed,
+    lowrank_perturbed,
+    lowrank_update_,
+    rademacher,
+    svd_lora,
+    svd_lora_expand_,
+    svd_lora_shrink,
+)
 
 from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
 
@@ -14,6 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 BACKENDS = [name for name in ("cuda", "triton") if dispatch.unavailable(name, "cuda") is None]
 H_ERROR = 2**-17  # of two bfloat16, each rounded to nearest
 KEY = NoiseKey(2**63 + 2026, generation=2**31 + 3, site=5)
+EVEN_KEY = KEY.at(site=6)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,6 +52,42 @@ def test_noise_beyond_32_bit_indices(on_gpu):
     for i in range(2):
         rows[i] = rademacher((tile + i + 1, 2048), KEY, device="cuda", backend=on_gpu)[-1].cpu()
     assert torch.equal(got, rows.flatten())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_perturbed_at_model_size_repeats_in_a_graph(on_gpu, seed, distribution, rows):
+    """Both forward ops and the update, captured, compute what the CPU does, and the same bits every time."""
+    on_gpu = {} if on_gpu == "cuda" else {"backend": on_gpu}  # not all of them have a CUDA kernel
+    options, d_in, d_out = {"distribution": distribution}, 3584, 4096
+    members, offsets = torch.randperm(16), torch.arange(17) * rows
+    x, a, b = torch.randn(16 * rows, d_in) / d_in**0.5, torch.randn(8, d_in), torch.randn(d_out, 8)
+    operands = [tensor.to(torch.bfloat16) for tensor in (x, a, b, torch.randn(16 * rows, d_out))]
+    w, weights = torch.randn(300, 1134).to(torch.bfloat16), torch.randn(31)
+
+    def step(x, a, b, y, w, members, offsets, weights, **options) -> None:
+        lora_perturbed(x, a, b, EVEN_KEY, 0.1, members, offsets, scaling=2.0, y=y, **options)
+        lowrank_perturbed(x, d_out, EVEN_KEY, 0.1, members, offsets, rank=2, y=y, **options)
+        lowrank_update_(w, EVEN_KEY, weights, rank=2, **options)
+
+    given = (*operands, w, members, offsets, weights)
+    device = [tensor.cuda() for tensor in given]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*device, **options, **on_gpu)
+    stream.synchronize()
+    first = device[3].clone()
+    for tensor, value in zip(device, given, strict=True):
+        tensor.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*device, **options, **on_gpu)
+    graph.replay()
+    assert torch.equal(device[3], first)
+    step(*given, **options)
+    assert torch.equal(device[4].cpu().view(torch.int16), w.view(torch.int16))
+    torch.testing.assert_close(device[3].cpu().float(), operands[3].float(), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

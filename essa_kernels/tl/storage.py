@@ -1,0 +1,17 @@
+"""Rounding to the dtypes tensors are stored in."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(value, element: tl.constexpr):
+    """A float32 value in a dtype, rounded to nearest. Triton's interpreter would cut it off instead to bfloat16."""
+    if INTERPRETED and element == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return value.to(element)
