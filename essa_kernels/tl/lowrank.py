@@ -78,10 +78,10 @@ def update_kernel(
                     SIDE,
                 )
                 sums = tl.fma((weight * e)[:, None], f[None, :], sums)
-    row = row_block * SIDE + tl.arange(0, SIDE)
-    column = column_block * SIDE + tl.arange(0, SIDE)
-    place = w + row.to(tl.int64)[:, None] * d_in + column[None, :]
-    inside = (row < d_out)[:, None] & (column < d_in)[None, :]
+    row, column = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    start = w + row_block.to(tl.int64) * SIDE * d_in + column_block * SIDE
+    place = start + (row[:, None] * d_in + column[None, :])
+    inside = (row < d_out - row_block * SIDE)[:, None] & (column < d_in - column_block * SIDE)[None, :]
     value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + sums
     tl.store(place, rounded(value, w.dtype.element_ty), mask=inside)
 

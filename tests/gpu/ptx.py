@@ -8,7 +8,7 @@ import re
 # but may be fused with a product that feeds it.
 ALLOWED = re.compile(
     r"(fma|mul|add|sub|sqrt)\.rn\.f32|(add|sub)\.f32|cvt\.rn\.f32\.[su]32|neg\.f32"
-    r"|cvt\.rn\.b?f16\.f32|cvt\.f32\.b?f16"
+    r"|cvt\.rn\.b?f16(x2)?\.f32|cvt\.f32\.b?f16"
     r"|(ld|st|mov|selp|setp)\.[\w.:]*"
 )
 INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+ +)?([a-z][\w.:]*)\s+(.*);", re.MULTILINE)
