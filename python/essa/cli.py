@@ -418,11 +418,22 @@ def demo(
         str | None,
         typer.Option("--compare", help="grpo: also run TRL's GRPOTrainer from the same warm start (needs trl)."),
     ] = None,
+    trdpo: Annotated[
+        bool,
+        typer.Option("--trdpo", help="Instead: fixed and moving references on a task whose true reward is known."),
+    ] = False,
 ) -> None:
     """Watch a tiny model being aligned, from its warm start to the report, in about a minute on a laptop."""
     if compare not in (None, "grpo"):
         raise InputError(f"compare must be grpo, got {compare!r}")
+    if trdpo and compare:
+        raise InputError("compare must not be given with trdpo")
     _quiet()
+    if trdpo:
+        from essa.trdpo.demo import run_trdpo_demo
+
+        run_trdpo_demo(output_dir, typer.echo)
+        return
     from essa.demo.run import run_demo
 
     run_demo(output_dir, seed=seed, compare=compare)

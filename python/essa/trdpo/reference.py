@@ -5,6 +5,9 @@ reference costs the memory of one adapter, and with full fine-tuning that of the
 
 They are kept in float32 and mixed in float64, whatever the dtype of the policy. In bfloat16 a mix with a small alpha is
 lost: 1 + 0.01 x (1.1 - 1) rounds to 1.
+
+With LoRA the factors A and B are what is mixed, each as any other weight. Their product then differs from the mix of the
+products, which no adapter of the same rank could hold; with alpha = 1 there is no difference.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from essa.trdpo.shared_prompt import sharing, why_not
 
 logger = logging.getLogger(__name__)
 
-Dataset = Iterable[dict[str, Any]]
+Dataset = Iterable[dict[str, Any]] | Preferences
 
 
 class TRDPOTrainer(Trainer):
@@ -108,6 +108,11 @@ class TRDPOTrainer(Trainer):
             callbacks=list(callbacks or ()),
             optimizers=optimizers,
         )
+        if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "the reference takes the place of whole weights: with several GPUs start one process each "
+                "(torchrun or accelerate launch, DDP), not DataParallel, FSDP or DeepSpeed"
+            )
         self.model_accepts_loss_kwargs = False
         self.reference = MovingReference(self.model, ref_model)
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
@@ -271,7 +276,7 @@ class TRDPOTrainer(Trainer):
         evaluation = any(name.startswith("eval_") for name in logs)
         averages = self._averages("eval" if evaluation else "train")
         if evaluation:
-            prefix = next(name for name in logs if name.startswith("eval_")).rpartition("_loss")[0] or "eval"
+            prefix = next((name for name in logs if name.endswith("_loss")), "eval_loss").removesuffix("_loss")
             logs.update({f"{prefix}_{name}": value for name, value in averages.items()})
         elif averages:
             logs.update(averages)
