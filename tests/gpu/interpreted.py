@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from essa_kernels.reference import linear_logprob as reference_logprob
 from essa_kernels.reference import lora_perturbed as reference_lora
 from essa_kernels.reference import lowrank as reference_lowrank
 from essa_kernels.reference import noise as reference
-from essa_kernels.tl import config, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
 
 from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
 
@@ -139,3 +140,31 @@ def test_lowrank_updates_have_the_bits_of_the_contract(configure, seed, distribu
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
     assert ends == [float(f[-1]) for f in flat], "wrote past the end"
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("words", [64, 10**6], ids=["many chunks", "one chunk"])
+def test_linear_logprob(configure, seed, words, dtype, softcap):
+    """Rows and words that fill no block, several chunks of the vocabulary, rows left out; beside the reference."""
+    configure({"logprob_chunk": {"elements": 1, "least_words": words}, "logprob_blocks": {"block_rows": 16}})
+    rows, d, vocab = 19, 70, 700
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, d + 8), (vocab, d), (vocab,)))
+    labels, grad = torch.randint(0, vocab, (rows,)), torch.randn(rows)
+    labels[::5] = -1
+    hidden[0] = float("nan")
+    operands = (hidden[:, :d], weight, labels, bias, 0.3, softcap, 0.7, -1)
+    results = []
+    for implementation in (linear_logprob, reference_logprob):
+        logprob, logsumexp = torch.zeros(2, rows)
+        slope = torch.full((rows, d), float("nan"), dtype=torch.float32 if dtype is torch.float16 else dtype)
+        implementation.linear_logprob(logprob, logsumexp, slope, *operands)
+        again = torch.zeros_like(logprob)
+        implementation.linear_logprob(again, torch.zeros(rows), None, *operands)
+        torch.testing.assert_close(again, logprob)
+        d_hidden, d_weight, d_bias = (torch.full_like(tensor, float("nan")) for tensor in (operands[0], weight, bias))
+        implementation.linear_logprob_backward(d_hidden, d_weight, d_bias, grad, slope, logprob, logsumexp, *operands)
+        results.append((logprob, logsumexp, d_hidden, d_weight, d_bias))
+    for got, expected in zip(*results, strict=True):
+        error = (got.float() - expected.float()).abs().max()
+        assert error <= {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] * expected.abs().max()

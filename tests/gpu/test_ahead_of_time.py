@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from essa_kernels.tl import config, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -233,3 +233,34 @@ def test_lowrank_update(launches, arch, distribution):
             assert_correctly_rounded(kernel.asm["ptx"])
         else:
             assert "fma.rn.f32" in kernel.asm["ptx"]
+
+
+def check_linear_logprob(launches: list[Launch], arch: str, dtype: torch.dtype, d: int, *, capped: bool) -> None:
+    """Every kernel of the forward pass, with and without slopes, and of the backward pass."""
+    hidden, weight, d_hidden, d_weight = (torch.empty(n, d, dtype=dtype, device="meta") for n in (512, 32_000) * 2)
+    bias, d_bias = torch.empty(2, 32_000, dtype=dtype, device="meta") if capped else (None, None)
+    labels = torch.empty(512, dtype=torch.int64, device="meta")
+    grad, logprob, logsumexp = torch.empty(3, 512, device="meta")
+    slope = torch.empty(512, d, dtype=torch.bfloat16 if dtype is torch.bfloat16 else torch.float32, device="meta")
+    operands = (hidden, weight, labels, bias, 1.5, 30.0 if capped else None, 0.7, -100)
+    linear_logprob.linear_logprob(logprob, logsumexp, slope, *operands)
+    linear_logprob.linear_logprob(logprob, logsumexp, None, *operands)
+    linear_logprob.linear_logprob_backward(d_hidden, d_weight, d_bias, grad, slope, logprob, logsumexp, *operands)
+    for launch in {(launch.kernel, launch.arguments.get("SLOPES")): launch for launch in launches}.values():
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256)
+        if arch.startswith("sm") and d % 16 == 0 and dtype != torch.float32 and "INNER" in launch.arguments:
+            products = launch.arguments.get("SLOPES", True) or launch.kernel is not linear_logprob.fold_kernel
+            assert bool(re.search("mma", kernel.asm["ptx"])) == products, "no matrix unit"
+
+
+def test_linear_logprob(launches, arch):
+    check_linear_logprob(launches, arch, torch.bfloat16, 2048, capped=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("d", [4096, 1134])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_logprob_at_other_shapes(launches, arch, dtype, d, capped):
+    check_linear_logprob(launches, arch, dtype, d, capped=capped)
