@@ -157,6 +157,52 @@ def lowrank_update(d_out: int, d_in: int, members: int, distribution: str) -> Pr
     return Problem(what, make, 2 * 2 * d_out * d_in, 2 * pairs * d_out * d_in, pairs * (d_out + d_in))
 
 
+@dataclass(frozen=True)
+class Head:
+    """An LM head and rows of hidden states, all of whose labels count."""
+
+    rows: int
+    d: int
+    vocab: int
+
+    @property
+    def what(self) -> str:
+        return f"{self.rows} rows, {self.d} -> {self.vocab}, bf16"
+
+    def operands(self, device: str) -> tuple[Tensor, Tensor, Tensor, None, float, None, float, int]:
+        """Hidden states, weight, labels and plain settings, in the registered op's order."""
+        hidden = torch.randn(self.rows, self.d, device=device, dtype=DTYPE)
+        weight = torch.randn(self.vocab, self.d, device=device, dtype=DTYPE) / self.d**0.5
+        labels = torch.randint(self.vocab, (self.rows,), device=device)
+        return hidden, weight, labels, None, 1.0, None, 1.0, -100
+
+    def bytes_of(self, hidden: int, weight: int) -> int:
+        return 2 * self.d * (hidden * self.rows + weight * self.vocab)
+
+    @property
+    def flops(self) -> int:
+        """Of two products: logits and either gradient."""
+        return 4 * self.rows * self.d * self.vocab
+
+
+def linear_logprob(h: Head) -> Problem:
+    def make(device: str) -> Call:
+        operands = h.operands(device)
+        return lambda backend: torch.ops.essa.linear_logprob(*operands, True, backend)
+
+    return Problem(f"{h.what}, with slope", make, h.bytes_of(hidden=2, weight=1), h.flops)
+
+
+def linear_logprob_backward(h: Head) -> Problem:
+    def make(device: str) -> Call:
+        operands, grad = h.operands(device), torch.randn(h.rows, device=device)
+        logprob, logsumexp, slope = torch.ops.essa.linear_logprob(*operands, True)
+        saved = (grad, slope, logprob, logsumexp, *operands)
+        return lambda backend: torch.ops.essa.linear_logprob_backward(*saved, [True, True, False], backend)
+
+    return Problem(h.what, make, h.bytes_of(hidden=3, weight=2), h.flops)
+
+
 def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     """op -> its problems, for every op there is; widths and counts divided by ``shrink``."""
     width = 4096 // shrink
@@ -164,6 +210,7 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     adapters = [Adapter(rows, width, width, 16) for rows in (64, 512, 8192 // shrink)]
     few, many = (Adapter(rows, width, width, rank=8) for rows in (64, 512))
     rank_one = [Adapter(rows, width, width, rank=1) for rows in (64, 512)]
+    heads = [Head(rows, width, 2**17 // shrink) for rows in (512, 2048)]
     return {
         "gaussian": [fill(essa_kernels.gaussian, count)],
         "rademacher": [fill(essa_kernels.rademacher, count)],
@@ -173,6 +220,8 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "lora_perturbed": [*(lora_perturbed(few, d) for d in DISTRIBUTIONS), lora_perturbed(many, "gaussian")],
         "lowrank_perturbed": [lowrank_perturbed(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS],
         "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
+        "linear_logprob": [linear_logprob(head) for head in heads],
+        "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
     }
 
 

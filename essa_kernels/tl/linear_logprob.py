@@ -18,19 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config, on_device
-from .svd_lora import INTERPRETED, dot
+from .storage import rounded
+from .svd_lora import dot
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 SMALL = tl.constexpr(0.015625)  # below it, series of a few terms are exact to float32
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x in a dtype, to nearest; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -370,8 +362,8 @@ def head_kernel(
         here = (word < vocab)[:, None] & (column < d)[None, :]
         tl.store(d_weight_at, rounded(sums, d_weight.dtype.element_ty), mask=here)
     if HAS_BIAS:
-        if tl.program_id(1) == 0:
-            tl.store(d_bias + word, rounded(bias_sums, d_bias.dtype.element_ty), mask=word < vocab)
+        words = tl.where(tl.program_id(1) == 0, vocab, 0)  # written once
+        tl.store(d_bias + word, rounded(bias_sums, d_bias.dtype.element_ty), mask=word < words)
 
 
 def linear_logprob(

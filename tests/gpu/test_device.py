@@ -141,6 +141,31 @@ def test_ops_run_in_the_current_stream_and_in_a_graph(on_gpu, seed):
     assert torch.equal(noise.cpu(), gaussian(noise.shape, KEY))
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_logprob_repeats_exactly_in_a_graph(seed, dtype):
+    """At a size of several chunks of the vocabulary, with rows left out."""
+    hidden, weight = (torch.randn(n, 512, device="cuda").to(dtype) for n in (700, 40_000))
+    labels = torch.randint(40_000, (700,), device="cuda")
+    labels[::3] = -100
+    operands = (hidden, weight / 512**0.5, labels, None, 1.0, 30.0, 0.7, -100)
+    grad = torch.randn(700, device="cuda")
+
+    def step(backend: str | None = "triton") -> list[torch.Tensor]:
+        logprob, logsumexp, slope = torch.ops.essa.linear_logprob(*operands, True, backend)
+        saved = (grad, slope, logprob, logsumexp, *operands)
+        return [logprob, *torch.ops.essa.linear_logprob_backward(*saved, [True, True, False], backend)[:2]]
+
+    first = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    graph.replay()
+    for got, again, expected in zip(first, replayed, step("reference"), strict=True):
+        assert torch.equal(got, again)
+        assert (got.float() - expected.float()).norm() <= 2 * torch.finfo(dtype).eps * expected.float().norm() + 1e-5
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_the_current_device_does_not_matter(on_gpu, seed):
     p = problem("ragged", torch.float32, device="cuda:1")
