@@ -52,6 +52,23 @@ def fill(op: Callable[..., Tensor], count: int) -> Problem:
     return Problem(f"{count} values", make, moved=4 * count, normals=count)
 
 
+def perturb(count: int) -> Problem:
+    def make(device: str) -> Call:
+        t = torch.randn(count, device=device, dtype=DTYPE)
+        return lambda backend: essa_kernels.perturb_(t, KEY, 1, 1e-3, backend=backend)
+
+    return Problem(f"{count} bf16", make, moved=2 * 2 * count, normals=count)
+
+
+def es_update(count: int, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        t, weights = torch.randn(count, device=device, dtype=DTYPE), torch.randn(MEMBERS, device=device)
+        return lambda backend: essa_kernels.es_update_(t, KEY, weights, distribution=distribution, backend=backend)
+
+    what = f"{count} bf16, {distribution}, {MEMBERS} members"
+    return Problem(what, make, moved=2 * 2 * count, normals=count * MEMBERS // 2)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA of the rank on a d_in -> d_out layer, as `svd_lora` takes it, and rows of it for MEMBERS members."""
@@ -214,6 +231,8 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     return {
         "gaussian": [fill(essa_kernels.gaussian, count)],
         "rademacher": [fill(essa_kernels.rademacher, count)],
+        "perturb_": [perturb(count)],
+        "es_update_": [es_update(count // 16, distribution) for distribution in ("gaussian", "rademacher")],
         "svd_lora": [svd_lora(adapter) for adapter in adapters],
         "svd_lora_shrink": [svd_lora_shrink(adapter) for adapter in adapters],
         "svd_lora_expand_": [svd_lora_expand(adapter) for adapter in adapters],

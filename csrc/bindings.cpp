@@ -340,6 +340,27 @@ void es_update_cpu(const std::vector<uintptr_t>& tensors, const std::vector<int6
   run_es_update(args, tensors, rows, cols, dtypes, threads, kernels->es_update);
 }
 
+#ifdef ESSA_WITH_CUDA
+cuda::TensorList tensor_list(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                             const std::vector<int64_t>& cols, const std::vector<int>& dtypes) {
+  return {tensors.data(), rows.data(), cols.data(), dtypes.data(), static_cast<int64_t>(tensors.size())};
+}
+
+void perturb_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                  const std::vector<int64_t>& cols, const std::vector<int>& dtypes, uint64_t seed, uint32_t generation,
+                  uint32_t site, uint64_t member, float sigma, bool rademacher, uintptr_t stream) {
+  cuda::perturb(tensor_list(tensors, rows, cols, dtypes), seed, generation, site, member, sigma, rademacher, stream);
+}
+
+void es_update_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& rows,
+                    const std::vector<int64_t>& cols, const std::vector<int>& dtypes, uint64_t seed,
+                    uint32_t generation, uint32_t site, uintptr_t pair_weights, int64_t pairs, bool rademacher,
+                    uintptr_t stream) {
+  cuda::es_update(tensor_list(tensors, rows, cols, dtypes), seed, generation, site, pair_weights, pairs, rademacher,
+                  stream);
+}
+#endif
+
 cpu::LinearLogprobArgs linear_logprob_args(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, uintptr_t labels,
                                            uintptr_t bias, uintptr_t selected, int64_t rows, int64_t d, int64_t vocab,
                                            bool capped, float inner, float outer, int dtype) {
@@ -445,6 +466,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ESSA_WITH_CUDA
   m.def("gaussian_cuda", &cuda::gaussian);
   m.def("rademacher_cuda", &cuda::rademacher);
+  m.def("perturb_cuda", &perturb_cuda);
+  m.def("es_update_cuda", &es_update_cuda);
   m.def("svd_lora_cuda", &cuda::svd_lora);
   m.def("svd_lora_shrink_cuda", &cuda::svd_lora_shrink);
   m.def("svd_lora_expand_cuda", &cuda::svd_lora_expand);

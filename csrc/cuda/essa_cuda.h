@@ -13,6 +13,18 @@ void gaussian(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t
 void rademacher(uintptr_t out, int64_t rows, int64_t cols, uint64_t seed, uint32_t generation, uint32_t site,
                 uint64_t member, uintptr_t stream);
 
+// Matrices [rows, cols], contiguous, on one device; matrix i draws from site + 2 i.
+struct TensorList {
+  const uintptr_t* data;
+  const int64_t *rows, *cols;
+  const int* dtypes;
+  int64_t count;
+};
+void perturb(const TensorList& list, uint64_t seed, uint32_t generation, uint32_t site, uint64_t member, float sigma,
+             bool rademacher, uintptr_t stream);
+void es_update(const TensorList& list, uint64_t seed, uint32_t generation, uint32_t site, uintptr_t pair_weights,
+               int64_t pairs, bool rademacher, uintptr_t stream);
+
 void svd_lora(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t v_a, uintptr_t core,
               uintptr_t u_b, int64_t u_b_row_stride, int64_t u_b_column_stride, uintptr_t s_a, uintptr_t s_b,
               uintptr_t offsets, int64_t rows, int64_t members, int64_t d_in, int64_t d_out, int64_t r_a, int64_t r_b,

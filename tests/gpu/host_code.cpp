@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/es_update_thread.h"
 #include "cuda/noise_fill.h"
 #include "cuda/svd_lora_block.h"
 
@@ -185,6 +186,31 @@ void fill(int rademacher, float* out, int64_t rows, int64_t cols, uint64_t seed,
   // One thread too many: the last block of a grid has idle ones.
   for (uint64_t index = 0; index <= (uint64_t)fill.tiles * threads; ++index)
     rademacher ? cuda::rademacher_thread(fill, index) : cuda::gaussian_thread(fill, index);
+}
+
+// perturb_ with `pair_weights` null, else es_update_, of a list in one launch.
+void es_update(int rademacher, int count, void* const* data, const int64_t* rows, const int64_t* cols,
+               const int* dtypes, uint64_t seed, uint32_t generation, uint32_t site, uint64_t member, float sigma,
+               const float* pair_weights, uint32_t pairs) {
+  const int tile = rademacher ? noise::kRademacherTile : noise::kGaussianTile;
+  cuda::EsUpdate p = {};
+  uint32_t end = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t tiles_per_row = noise::tiles_per_row(cols[i], tile);
+    end += (uint32_t)(rows[i] * tiles_per_row);
+    p.tensors[p.count++] = {data[i], cols[i], (uint32_t)tiles_per_row, end, site + 2 * (uint32_t)i, dtypes[i]};
+  }
+  p.key = {(uint32_t)seed, (uint32_t)(seed >> 32), site, (uint32_t)(member >> 1), generation};
+  p.sigma = member & 1 ? -sigma : sigma;
+  p.pair_weights = pair_weights, p.pairs = pairs;
+  const int threads = rademacher ? cuda::kRademacherUpdateThreads : cuda::kGaussianUpdateThreads;
+  for (uint64_t index = 0; index <= (uint64_t)end * threads; ++index) {
+    if (pair_weights == nullptr) {
+      rademacher ? cuda::perturb_rademacher_thread(p, index) : cuda::perturb_gaussian_thread(p, index);
+    } else {
+      rademacher ? cuda::update_rademacher_thread(p, index) : cuda::update_gaussian_thread(p, index);
+    }
+  }
 }
 
 // op: 0 svd_lora, 1 shrink, 2 expand. dtype as in essa_cuda.h.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from essa_kernels.reference import es_update as reference_update
 from essa_kernels.reference import linear_logprob as reference_logprob
 from essa_kernels.reference import lora_perturbed as reference_lora
 from essa_kernels.reference import lowrank as reference_lowrank
 from essa_kernels.reference import noise as reference
-from essa_kernels.tl import config, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
 
 from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
 
@@ -59,6 +60,24 @@ def test_fills_have_the_bits_of_the_contract(configure, distribution, shape, key
     getattr(noise, distribution)(got[:-1], *key)
     assert torch.equal(got[:-1].view(torch.int32), expected.view(torch.int32))
     assert got[-1].isnan().all(), "wrote past the end"
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("tiles", [1, 16])
+def test_updates_have_the_bits_of_the_contract(configure, seed, distribution, tiles):
+    configure({f"{op}_{distribution}": {"tiles": tiles} for op in ("perturb", "es_update")})
+    shapes = [(1, 1), (7, 129), (3, 2050), (0, 5), (130, 1), (2, 4096)]
+    flat = [torch.randn(rows * cols + 1).to(DTYPES[i % 3]) for i, (rows, cols) in enumerate(shapes)]
+    got = [f[:-1].view(shape) for f, shape in zip(flat, shapes, strict=True)]
+    expected, ends = [tensor.clone() for tensor in got], [float(f[-1]) for f in flat]
+    weights = torch.randn(4)
+    weights[1] = 0.0
+    for implementation, tensors in ((es_update, got), (reference_update, expected)):
+        implementation.perturb_(tensors, 2**64 - 1, 7, 4, 5, 0.03, distribution)
+        implementation.es_update_(tensors, 2**63 + 5, 2**32 - 1, 4, weights, distribution)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+    assert ends == [float(f[-1]) for f in flat], "wrote past the end"
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from essa_kernels.tl import config, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -115,6 +115,23 @@ def test_noise(launches, arch, fill, cols):
         assert ("st.global.v4" in ptx) == (fill is noise.rademacher and cols == 4096)
     else:
         assert_correctly_rounded_on_amd(kernel.asm["amdgcn"])
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_es_update(launches, arch, distribution, dtype):
+    """One launch for the tensors of a dtype, whatever their number and shapes."""
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in [(64, 4096), (1, 129), (37, 1)]]
+    es_update.perturb_(tensors, 2**64 - 1, 5, 1, 3, 0.01, distribution)
+    es_update.es_update_(tensors, 2**64 - 1, 5, 1, torch.empty(32, device="meta"), distribution)
+    assert len(launches) == 2
+    for launch in launches:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=128)
+        if arch.startswith("sm"):
+            assert_correctly_rounded(kernel.asm["ptx"])
+        else:
+            assert_correctly_rounded_on_amd(kernel.asm["amdgcn"])
 
 
 def assert_correctly_rounded_on_amd(assembly: str) -> None:

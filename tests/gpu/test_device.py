@@ -8,10 +8,12 @@ import torch
 from essa_kernels import (
     NoiseKey,
     dispatch,
+    es_update_,
     gaussian,
     lora_perturbed,
     lowrank_perturbed,
     lowrank_update_,
+    perturb_,
     rademacher,
     svd_lora,
     svd_lora_expand_,
@@ -88,6 +90,35 @@ def test_perturbed_at_model_size_repeats_in_a_graph(on_gpu, seed, distribution, 
     step(*given, **options)
     assert torch.equal(device[4].cpu().view(torch.int16), w.view(torch.int16))
     torch.testing.assert_close(device[3].cpu().float(), operands[3].float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_updates_of_many_tensors_in_a_graph(on_gpu, seed, distribution):
+    """More tensors than one launch takes, of all dtypes; the graph replays what the CPU computes."""
+    shapes = [(1000, 1134), *((1, 1 + i) for i in range(250)), (64, 2**14)]
+    start = [torch.randn(shape).to(DTYPES[i % 3]) for i, shape in enumerate(shapes)]
+    weights = torch.randn(31)
+    tensors, on_device = [tensor.cuda() for tensor in start], weights.cuda()
+
+    def step() -> None:
+        perturb_(tensors, KEY, 7, 0.02, distribution=distribution, backend=on_gpu)
+        es_update_(tensors, KEY, on_device, distribution=distribution, backend=on_gpu)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for tensor, value in zip(tensors, start, strict=True):
+        tensor.copy_(value)
+    graph.replay()
+    perturb_(start, KEY, 7, 0.02, distribution=distribution)
+    es_update_(start, KEY, weights, distribution=distribution)
+    for got, want in zip(tensors, start, strict=True):
+        assert torch.equal(got.cpu().float().view(torch.int32), want.float().view(torch.int32))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

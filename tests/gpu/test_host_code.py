@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from essa_kernels.reference import es_update as reference_update
 from essa_kernels.reference import noise as reference
 
 from .problems import DTYPES, SHAPES, Problem, assert_h, assert_y, problem
@@ -69,6 +70,53 @@ def test_fills_have_the_bits_of_the_contract(host_code, distribution, shape, key
     getattr(reference, distribution)(expected, *key)
     got = fill(host_code, distribution, shape, key)
     assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+def update(
+    host_code: ctypes.CDLL,
+    tensors: list[torch.Tensor],
+    key: tuple[int, ...],
+    sigma: float,
+    weights: torch.Tensor | None,
+) -> None:
+    """perturb_ of (seed, generation, site, member) or, with the pairs' weights, es_update_; Rademacher where sigma < 0."""
+    count = len(tensors)
+    seed, generation, site, member = key
+    host_code.es_update(
+        int(sigma < 0),
+        count,
+        (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors)),
+        (ctypes.c_int64 * count)(*(tensor.shape[0] for tensor in tensors)),
+        (ctypes.c_int64 * count)(*(tensor.shape[1] for tensor in tensors)),
+        (ctypes.c_int * count)(*(DTYPES.index(tensor.dtype) for tensor in tensors)),
+        ctypes.c_uint64(seed),
+        ctypes.c_uint32(generation),
+        ctypes.c_uint32(site),
+        ctypes.c_uint64(member),
+        ctypes.c_float(sigma),
+        None if weights is None else ctypes.c_void_p(weights.data_ptr()),
+        ctypes.c_uint32(0 if weights is None else len(weights)),
+    )
+
+
+@pytest.mark.parametrize("sigma", [0.03, -0.03], ids=["gaussian", "rademacher"])
+@pytest.mark.parametrize("member", [6, 2**33 - 1])
+def test_updates_have_the_bits_of_the_reference(host_code, seed, sigma, member):
+    """All dtypes in one list, rows that end in a tile, and a weight of 0."""
+    distribution = "rademacher" if sigma < 0 else "gaussian"
+    shapes = [(1, 1), (37, 129), (3, 2050), (130, 1), (2, 4096)]
+    tensors = [torch.randn(shape).to(DTYPES[i % 3]) for i, shape in enumerate(shapes)]
+    guarded = [torch.cat([tensor.flatten(), torch.ones(1, dtype=tensor.dtype)]) for tensor in tensors]
+    got = [flat[:-1].view(shape) for flat, shape in zip(guarded, shapes, strict=True)]
+    weights = torch.randn(5)
+    weights[2] = 0.0
+    update(host_code, got, (2**63 + 5, 7, 4, member), sigma, None)
+    update(host_code, got, (2**63 + 5, 7, 4, 0), sigma, weights)
+    reference_update.perturb_(tensors, 2**63 + 5, 7, 4, member, sigma, distribution)
+    reference_update.es_update_(tensors, 2**63 + 5, 7, 4, weights, distribution)
+    for a, b, flat in zip(got, tensors, guarded, strict=True):
+        assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+        assert flat[-1] == 1, "wrote past the end"
 
 
 def run(host_code: ctypes.CDLL, op: int, p: Problem, h: torch.Tensor, geometry: str) -> None:

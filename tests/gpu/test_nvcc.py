@@ -32,9 +32,10 @@ def test_kernels_fit(tmp_path, source, arch):
     assert max(registers) <= (64 if source == "noise.cu" else 128)
 
 
-def test_noise_is_correctly_rounded(tmp_path):
+@pytest.mark.parametrize(("source", "roots"), [("noise.cu", 8), ("es_update.cu", 4)])
+def test_noise_is_correctly_rounded(tmp_path, source, roots):
     ptx = tmp_path / "noise.ptx"
-    subprocess.run([NVCC, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", CUDA / "noise.cu", "-o", ptx], check=True)
+    subprocess.run([NVCC, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", CUDA / source, "-o", ptx], check=True)
     assert_correctly_rounded(ptx.read_text())
-    assert ptx.read_text().count("sqrt.rn.f32") == 8
-    assert "st.global.v4" in ptx.read_text()
+    assert ptx.read_text().count("sqrt.rn.f32") == roots
+    assert ("st.global.v4" in ptx.read_text()) == (source == "noise.cu")
