@@ -45,8 +45,8 @@ def perturb_(
     member and -fl32(sigma) for an odd one, and the pair's eps as `gaussian` or `rademacher` draws it for the even
     member: ``t = round(fma(s, eps, float32(t)))``, one correctly rounded float32 fma and one rounding to t's dtype.
 
-    To perturb by -sigma afterwards does NOT give the parameters back: each way rounds, in bfloat16 by up to half a
-    percent of an element, and the differences pile up from member to member. Keep the base and copy it back, or draw the
+    To perturb by -sigma afterwards does NOT give the parameters back: each way rounds, in bfloat16 by up to 0.2 % of
+    an element, and the differences pile up from member to member. Keep the base and copy it back, or draw the
     next member from it::
 
         t.copy_(base)
@@ -128,7 +128,7 @@ def _check(op: str, tensors: Sequence[Tensor], site: int, distribution: str) -> 
 
 
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().view(matrix_of(tensor.shape)) for tensor in tensors]
+    return [tensor.view(matrix_of(tensor.shape)) for tensor in tensors]
 
 
 def _run_perturb(tensors, seed, generation, site, member, sigma, distribution, backend=None) -> None:

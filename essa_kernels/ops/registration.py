@@ -281,7 +281,8 @@ def check_weights(op: str, weights: Tensor, device: torch.device) -> None:
     """Raise unless weights can be used on a device."""
     check_no_grad(op, weights=weights)
     if weights.device.type != "cpu" and weights.device != device:
-        raise ValueError(f"{op}: weights must be on the CPU or {device}, got {weights.device}")
+        allowed = "cpu" if device.type == "cpu" else f"cpu or {device}"
+        raise ValueError(f"{op}: weights must be on {allowed}, got {weights.device}")
 
 
 def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float = 1.0) -> Tensor:

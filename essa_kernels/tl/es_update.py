@@ -25,7 +25,6 @@ from .noise import (
     gaussian_blocks,
     key_words,
     rademacher_words,
-    signs_of,
     with_sign,
 )
 
@@ -48,6 +47,13 @@ def _store(start, element, left, value):
     else:
         rounded = value.to(start.dtype.element_ty)
     tl.store(start + element, rounded, mask=element < left)
+
+
+@triton.jit
+def _signed(value, words, bit):
+    """The value with the signs of a bit of the words: to add it is to fma the value with a sign."""
+    negative = (words[:, None, :] << bit.to(tl.uint32)).to(tl.int32, bitcast=True) & -0x80000000
+    return with_sign(value, negative)
 
 
 @triton.jit
@@ -104,7 +110,7 @@ def update_gaussian_kernel(
     total1 = tl.zeros((TILES, LANES), tl.float32)
     total2 = tl.zeros((TILES, LANES), tl.float32)
     total3 = tl.zeros((TILES, LANES), tl.float32)
-    for pair in range(0, pairs):
+    for pair in range(pairs):
         weight = tl.load(weights + pair)
         if weight != 0.0:
             z0, z1, z2, z3 = gaussian_blocks(block, k0, k1, site + 2 * index, tl.to_tensor(pair), generation, 0)
@@ -127,8 +133,7 @@ def perturb_rademacher_kernel(
     bit = tl.arange(0, 32)[None, :, None]
     element = bit * (4 * LANES) + tl.arange(0, 4 * LANES)[None, None, :]
     words = rademacher_words(tile[:, None], k0, k1, site + 2 * index, pair, generation)
-    signs = signs_of(words[:, None, :], bit, 0)
-    _store(start, element, left, tl.fma(sigma, signs, _load(start, element, left)))
+    _store(start, element, left, _load(start, element, left) + _signed(sigma, words, bit))
 
 
 @triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pairs"])
@@ -140,12 +145,11 @@ def update_rademacher_kernel(
     bit = tl.arange(0, 32)[None, :, None]
     element = bit * (4 * LANES) + tl.arange(0, 4 * LANES)[None, None, :]
     total = tl.zeros((TILES, 32, 4 * LANES), tl.float32)
-    for pair in range(0, pairs):
+    for pair in range(pairs):
         weight = tl.load(weights + pair)
         if weight != 0.0:
             words = rademacher_words(tile[:, None], k0, k1, site + 2 * index, tl.to_tensor(pair), generation)
-            negative = (words[:, None, :] << bit.to(tl.uint32)).to(tl.int32, bitcast=True) & -0x80000000
-            total += with_sign(weight, negative)  # what an fma with the sign gives
+            total += _signed(weight, words, bit)
     _store(start, element, left, _load(start, element, left) + total)
 
 
