@@ -27,8 +27,8 @@ from .noise import (
     rademacher_words,
     with_sign,
 )
+from .storage import rounded
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SEARCH_WIDTH = tl.constexpr(256)
 KEY_ARGUMENTS = ["k0", "k1", "site", "generation"]
 
@@ -40,13 +40,7 @@ def _load(start, element, left):
 
 @triton.jit
 def _store(start, element, left, value):
-    """The value rounded to nearest, which Triton's interpreter would cut off instead where it becomes a bfloat16."""
-    if INTERPRETED and start.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        rounded = value.to(start.dtype.element_ty)
-    tl.store(start + element, rounded, mask=element < left)
+    tl.store(start + element, rounded(value, start.dtype.element_ty), mask=element < left)
 
 
 @triton.jit
@@ -133,7 +127,9 @@ def perturb_rademacher_kernel(
     bit = tl.arange(0, 32)[None, :, None]
     element = bit * (4 * LANES) + tl.arange(0, 4 * LANES)[None, None, :]
     words = rademacher_words(tile[:, None], k0, k1, site + 2 * index, pair, generation)
-    _store(start, element, left, _load(start, element, left) + _signed(sigma, words, bit))
+    _store(
+        start, element, left, _load(start, element, left) + _signed(tl.full((1, 1, 1), sigma, tl.float32), words, bit)
+    )
 
 
 @triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pairs"])

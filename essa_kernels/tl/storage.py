@@ -13,5 +13,7 @@ def rounded(value, element: tl.constexpr):
     """A float32 value in a dtype, rounded to nearest. Triton's interpreter would cut it off instead to bfloat16."""
     if INTERPRETED and element == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return value.to(element)
+        result = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(element)
+    return result
