@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from .full_weights import FullWeights
+from .lora_factors import LoRAFactors
+from .low_rank import LowRankNoise
+from .parametrization import POINT, Parametrization, Perturbed
 from .population import Population
+from .singular_values import SingularValues
 from .svd_lora import SVDLoRA
 
-__all__ = ["Population", "SVDLoRA"]
+__all__ = [
+    "POINT",
+    "FullWeights",
+    "LoRAFactors",
+    "LowRankNoise",
+    "Parametrization",
+    "Perturbed",
+    "Population",
+    "SVDLoRA",
+    "SingularValues",
+]

@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter folder so that a reader finds whole files, whenever the writer dies."""
+"""Writing a folder of weights so that a reader finds whole files, whenever the writer dies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,26 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 
 
 def write_adapter_folder(model: Any, adapter_name: str, state: dict[str, Tensor], folder: Path) -> None:
-    """Write ``state`` and the adapter's configuration as a folder that appears, or takes the old one's place, in one step.
+    """Write ``state`` and the adapter's configuration as a folder, as `write_folder` does.
 
     Raises:
         FileExistsError: ``folder`` is a file.
     """
     from safetensors.torch import save_file
 
+    def fill(written: Path) -> None:
+        _saved_config(model, adapter_name).save_pretrained(str(written))
+        save_file(state, written / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    write_folder(folder, fill)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write files into a folder that appears, or takes the old one's place, in one step.
+
+    Raises:
+        FileExistsError: ``folder`` is a file.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output_dir must be a folder, {str(folder)!r} is a file")
     folder = folder.resolve()
@@ -31,8 +45,7 @@ def write_adapter_folder(model: Any, adapter_name: str, state: dict[str, Tensor]
     try:
         written = scratch / folder.name
         written.mkdir()
-        _saved_config(model, adapter_name).save_pretrained(str(written))
-        save_file(state, written / "adapter_model.safetensors", metadata={"format": "pt"})
+        fill(written)
         for file in written.iterdir():
             _flush(file)
         if folder.exists():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ SHARED_INPUT = (
 )
 
 
+Forward = Callable[..., Tensor]
+
+
 class Population:
-    """Which rows of the batch belong to which member. Made by `SVDLoRA.attach`."""
+    """Which rows of the batch belong to which member. Made by a parametrisation's ``attach``."""
 
     def __init__(self, members: int) -> None:
         self.members = members
@@ -72,6 +76,32 @@ class Population:
         return scaled
 
 
+class Attaching:
+    """Replacing forwards, once at a time."""
+
+    _attached = False
+
+    @contextlib.contextmanager
+    def _replaced(
+        self, population: Population, forwards: Sequence[tuple[str, nn.Module, Forward]]
+    ) -> Iterator[Population]:
+        """Give each named module its forward for as long as the context lasts."""
+        if self._attached:
+            raise RuntimeError("attach: a population is attached already, leave it first")
+        for name, module, _ in forwards:
+            if "forward" in vars(module):
+                raise RuntimeError(f"attach: the forward of {name} has been replaced already, undo that first")
+        self._attached = True
+        try:
+            for _, module, forward in forwards:
+                vars(module)["forward"] = forward
+            yield population
+        finally:
+            for _, module, _ in forwards:
+                vars(module).pop("forward", None)
+            self._attached = False
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayer:
     """One LoRA layer of the model and where its singular values are among the coordinates of a member."""
@@ -115,16 +145,17 @@ class Projections:
 
     def forwards(
         self, population: Population, values: Tensor, adapter_name: str
-    ) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-        """Each layer with its forward for singular values [members, size], LoRA's scaling folded in."""
+    ) -> list[tuple[str, nn.Module, Forward]]:
+        """Each layer, by name, with its forward for singular values [members, size], LoRA's scaling folded in."""
         device = self.layers[0].module.lora_A[adapter_name].weight.device
         s_a = torch.cat([values[:, layer.columns_a] for layer in self.layers], 1).to(device)
         s_b = torch.cat([values[:, layer.columns_b] for layer in self.layers], 1).to(device)
         shrink = Shrink(population, self, device, self.core.to(device), s_a, s_b)
         if len(self.layers) == 1:
-            return [(self.layers[0].module, lone_forward(self.layers[0].module.base_layer, shrink))]
+            (layer,) = self.layers
+            return [(layer.name, layer.module, lone_forward(layer.module.base_layer, shrink))]
         return [
-            (layer.module, shared_forward(layer.module.base_layer, shrink, position))
+            (layer.name, layer.module, shared_forward(layer.module.base_layer, shrink, position))
             for position, layer in enumerate(self.layers)
         ]
 
@@ -179,7 +210,7 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Callable[..., Tensor]:
+def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forward:
     casts, take = shrink.casts, shrink.take
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,7 +221,7 @@ def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Call
     return forward
 
 
-def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Callable[..., Tensor]:
+def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Forward:
     casts, core, s_a, s_b, offsets_for = shrink.casts, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .adapter_folder import write_adapter_folder
 from .factors import Factors
 from .lora_layers import check_active, find_lora_layers
-from .population import AdaptedLayer, Population, group
+from .population import AdaptedLayer, Attaching, Population, group
 
 
-class SVDLoRA:
+class SVDLoRA(Attaching):
     """The singular values of a LoRA adapter as the coordinates of a search. Make it with `SVDLoRA.from_peft`.
 
     A = U_A diag(s_A) V_A^T and B = U_B diag(s_B) V_B^T are decomposed once; U and V stay. A vector of ``size`` singular
@@ -27,9 +27,12 @@ class SVDLoRA:
         names: sorted names of the adapted layers in the base model.
         size: the number of singular values.
         spectrum: [size], float32 on the CPU: the adapter's own singular values, descending within each factor.
+        batched: True, one batch may hold rows of several members.
 
     Source: ESSA, arXiv 2507.04453.
     """
+
+    batched = True
 
     def __init__(self, model: nn.Module, adapter_name: str, layers: list[tuple[str, Any]]) -> None:
         self._model, self._adapter_name = model, adapter_name
@@ -44,7 +47,6 @@ class SVDLoRA:
             spectra += factors.s_a, factors.s_b
         self._factor_sizes = [len(spectrum) for spectrum in spectra]
         self._projections = group(self._layers)
-        self._attached = False
         self.names = [layer.name for layer in self._layers]
         self.size = end
         self.spectrum = torch.cat(spectra)
@@ -112,28 +114,17 @@ class SVDLoRA:
             RuntimeError: a population is attached already, or another tool has replaced a layer's forward.
         """
         values = self._check_values(values, ("members", "size"))
-        if self._attached:
-            raise RuntimeError("attach: a population is attached already, leave it first")
         for layer in self._layers:
             check_active(layer.name, layer.module, self._adapter_name)
-            if "forward" in vars(layer.module):
-                raise RuntimeError(f"attach: the forward of {layer.name} has been replaced already, undo that first")
         scaled = values * self._scale().to(values.device)
         population = Population(len(values))
         forwards = [
-            pair
+            forward
             for projections in self._projections
-            for pair in projections.forwards(population, scaled, self._adapter_name)
+            for forward in projections.forwards(population, scaled, self._adapter_name)
         ]
-        self._attached = True
-        try:
-            for module, forward in forwards:
-                module.forward = forward
+        with self._replaced(population, forwards):
             yield population
-        finally:
-            for module, _ in forwards:
-                vars(module).pop("forward", None)
-            self._attached = False
 
     def state(self, values: Tensor) -> dict[str, Tensor]:
         """One member as the tensors of a PEFT adapter file, on the CPU, with the adapter's own shapes and dtypes.

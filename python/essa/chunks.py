@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from essa.data import Prompts
 from essa.rewards import Answer, Rewards
-from essa.rollout import batches, generate
+from essa.rollout import generate
 from essa.scoring import log_probabilities
 from essa.search import Search
 
@@ -127,7 +127,7 @@ def score_answers(
         [encoded[answer.prompt] for answer in asked],
         [answer.token_ids for answer in asked],
         space=search.space,
-        values=search.values(offsets),
+        values=torch.from_numpy(offsets),
         temperature=search.temperature or 1.0,
         row_budget=task.row_budget,
     ).tolist()
@@ -146,8 +146,8 @@ class Local:
         Raises:
             RewardError: a reward function failed.
         """
-        rows = batches(range(self._search.rows(len(chosen))), self._task.row_budget)
-        chunk = Chunk.join([evaluate_chunk(self._task, self._search, step, chosen, part, state) for part in rows])
+        chunks = self._search.chunks(len(chosen))
+        chunk = Chunk.join([evaluate_chunk(self._task, self._search, step, chosen, rows, state) for rows in chunks])
         self._answers = chunk.answers
         return chunk
 

@@ -19,7 +19,7 @@ EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="essa",
-    help="Align language models without gradients, by evolving the singular values of a LoRA adapter.",
+    help="Align language models without gradients, by evolving the singular values of a LoRA adapter, or its weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -202,7 +202,8 @@ def align(
     config: Config = None,
     **settings: Any,
 ) -> None:
-    """Align a model: search its LoRA adapter for the highest reward. The result is output_dir/adapter."""
+    """Align a model: search its LoRA adapter, or its weights, for the highest reward. The result is output_dir/adapter or
+    output_dir/model."""
     args = ESSAConfig(**settings)
     if eval_dataset_name is not None and eval_split is not None:
         raise InputError("eval_dataset_name and eval_split cannot both be given")
@@ -220,7 +221,7 @@ def align(
     if eval_split is not None:
         train, evaluation = split_rows(train, eval_split, args.seed)
     _quiet()
-    from essa.models import load_adapter, load_base
+    from essa.models import load_base
     from essa.trainer import ESSATrainer
 
     base, tokenizer = load_base(
@@ -230,7 +231,7 @@ def align(
         device=args.device,
         trust_remote_code=trust_remote_code,
     )
-    trainer = ESSATrainer(load_adapter(base, adapter), reward, args, train, evaluation, tokenizer)
+    trainer = ESSATrainer(base, reward, args, train, evaluation, tokenizer, adapter=adapter)
     trainer.about["command"] = {
         "model_name_or_path": _absolute(model_name_or_path),
         "adapter": _absolute(adapter),
@@ -248,7 +249,8 @@ def align(
     if "eval_reward" in summary:
         typer.echo(f"evaluation: {summary['eval_reward_before']:.3f} -> {summary['eval_reward']:.3f}")
     typer.echo(f"{summary['samples']:,} samples in {summary['seconds']:.1f} s")
-    typer.echo(f"adapter: {folder / 'adapter'}\nreport:  {folder / 'report.html'}")
+    output = trainer.search.space.output
+    typer.echo(f"{output + ':':<8} {folder / output}\nreport:  {folder / 'report.html'}")
 
 
 @_command(CommandSettings)
@@ -414,6 +416,9 @@ def demo(
         str, typer.Option("--output_dir", help="Folder of everything the demo makes.")
     ] = "demo-output",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the warm start and of the search.", min=0)] = 0,
+    parametrization: Annotated[
+        str, typer.Option("--parametrization", help="What is searched: svd, lora, lowrank or full.")
+    ] = "svd",
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="grpo: also run TRL's GRPOTrainer from the same warm start (needs trl)."),
@@ -436,7 +441,7 @@ def demo(
         return
     from essa.demo.run import run_demo
 
-    run_demo(output_dir, seed=seed, compare=compare)
+    run_demo(output_dir, seed=seed, compare=compare, parametrization=parametrization)
 
 
 @_command()

@@ -31,6 +31,11 @@ def setting(default: Any, help: str, *, fixed: bool = False) -> Any:
     return field(default=default, metadata={"help": help, "fixed": fixed})
 
 
+PARAMETRIZATIONS = ("svd", "lora", "lowrank", "full")
+OPTIMIZERS = ("sgd", "momentum", "adam")
+REWARD_SHAPINGS = ("z-score", "centred-rank", "per-prompt")
+PERTURBATIONS = ("member", "completion")
+NOISES = ("gaussian", "rademacher")
 OFFSET_MODES = ("absolute", "relative")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -112,15 +117,45 @@ class ESSAConfig(_Settings):
         "absolute: value = singular value + offset. relative: value = singular value x (1 + offset).",
         fixed=True,
     )
+    parametrization: str = setting(
+        "svd",
+        "What is searched: svd (a LoRA's singular values), lora (its two factors), lowrank (the weights, perturbed by "
+        "low-rank noise: EGGROLL) or full (all weights, one member at a time: ES at Scale). The last two take an adapter "
+        "too, merge it into the weights first, and write output_dir/model instead of output_dir/adapter.",
+        fixed=True,
+    )
     strategy: str | None = setting(
         None,
-        "Search strategy: cma, cma-diagonal, es-per-completion or zo-grpo. Default: zo-grpo; where the population is no "
-        "multiple of the prompts or the temperature is 0, the best of the others that fits.",
+        "Search strategy: cma, cma-diagonal, es-per-completion, zo-grpo or es; svd takes all, the other parametrizations "
+        "es. Default: es for those; for svd zo-grpo or, where the population is no multiple of the prompts or the "
+        "temperature is 0, the best of the others that fits.",
         fixed=True,
     )
     learning_rate: float | None = setting(
         None, "Step of the ES strategies along their estimated gradient. Default: the strategy's own.", fixed=True
     )
+    optimizer: str | None = setting(
+        None, "How es steps: sgd (nothing held besides the parameters), momentum or adam. Default: sgd.", fixed=True
+    )
+    reward_shaping: str | None = setting(
+        None,
+        "What es makes of rewards: z-score (over the members' means), centred-rank (their ranks) or per-prompt (z-scores "
+        "within each prompt). Default: z-score.",
+        fixed=True,
+    )
+    perturbation: str | None = setting(
+        None,
+        "Whose noise es draws: member (each answers all prompts) or completion (each of population_size completions has "
+        "its own). Default: member.",
+        fixed=True,
+    )
+    weight_decay: float | None = setting(
+        None, "With es, each step also shrinks what is searched by learning_rate x this. Default: 0.", fixed=True
+    )
+    noise: str = setting(
+        "gaussian", "Distribution of the noise of lora, lowrank and full: gaussian or rademacher (cheaper).", fixed=True
+    )
+    noise_rank: int = setting(1, "Rank of lowrank's noise.", fixed=True)
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", fixed=True)
     temperature: float | None = setting(
         None,
@@ -169,8 +204,24 @@ class ESSAConfig(_Settings):
             self._check_float("sigma", above=0.0)
         self._check_float("alpha", above=0.0, at_most=1.0)
         self._check_choice("offset_mode", OFFSET_MODES)
+        self._check_choice("parametrization", PARAMETRIZATIONS)
         if self.strategy is not None and not isinstance(self.strategy, str):
             raise InputError(f"strategy must be a name, got {self.strategy!r}")
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("reward_shaping", REWARD_SHAPINGS),
+            ("perturbation", PERTURBATIONS),
+        ):
+            if getattr(self, name) is not None:
+                self._check_choice(name, choices)
+        if self.weight_decay is not None:
+            self._check_float("weight_decay", at_least=0.0)
+        self._check_choice("noise", NOISES)
+        self._check_int("noise_rank", 1)
+        self._check_of("svd", alpha=1.0, offset_mode="absolute")
+        self._check_of("lora", "lowrank", "full", noise="gaussian")
+        self._check_of("lowrank", noise_rank=1)
+        self._check_of("svd", "lora", quantization="none")
         if self.learning_rate is not None:
             self._check_float("learning_rate", above=0.0)
         self._check_int("max_new_tokens", 1)
@@ -191,6 +242,16 @@ class ESSAConfig(_Settings):
         for name in ("load_best_model_at_end", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    def _check_of(self, *parametrizations: str, **defaults: Any) -> None:
+        """Refuse settings of these parametrisations, other than their defaults, with another one."""
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default and self.parametrization not in parametrizations:
+                raise InputError(
+                    f"{name} is a setting of parametrization {' or '.join(parametrizations)}, got {value!r} with "
+                    f"{self.parametrization!r}"
+                )
 
     def fixed(self) -> dict[str, Any]:
         """The settings a resumed run must keep."""

@@ -122,6 +122,13 @@ def load_adapter(model: Any, adapter: str | None) -> PeftModel:
     return peft_model.eval()
 
 
+def merge_adapter(model: Any) -> Any:
+    """The transformers model inside a PeftModel, with the one active LoRA adapter added to its weights."""
+    if not isinstance(model, PeftModel):
+        raise InputError(f"to merge its adapter, the model must be a PeftModel, got {type(model).__name__}")
+    return model.merge_and_unload(adapter_names=[adapter_name(model)])
+
+
 def _adapter_folder(adapter: str) -> Path:
     folder = Path(adapter)
     if folder.is_dir():
@@ -143,22 +150,36 @@ def has_lora(model: Any) -> bool:
     return any(config.peft_type == "LORA" for config in getattr(model, "peft_config", {}).values())
 
 
+def adapter_name(model: Any) -> str:
+    """The name of a model's one active LoRA adapter."""
+    active = model.active_adapters
+    active = active() if callable(active) else active
+    if len(active) != 1:
+        raise InputError(f"exactly one LoRA adapter must be active, got {', '.join(map(repr, active)) or 'none'}")
+    return active[0]
+
+
 def context_length(model: Any) -> int | None:
     """The most positions the model can attend to, or None where its configuration sets no limit."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def fingerprint(model: Any, adapter_name: str) -> dict[str, Any]:
-    """What identifies model and adapter in a checkpoint: digests of the base configuration and the adapter's weights."""
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What identifies a model in a checkpoint: digests of the base configuration and of the adapter's weights or, where
+    there is no adapter, of all weights."""
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
+    if has_lora(model):
+        part, state = "adapter", get_peft_model_state_dict(model, adapter_name=adapter_name(model))
+    else:
+        part, state = "weights", dict(model.named_parameters())
     weights = hashlib.sha256()
-    for name, tensor in sorted(get_peft_model_state_dict(model, adapter_name=adapter_name).items()):
+    for name, tensor in sorted(state.items()):
         weights.update(f"{name} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return {
         "base_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "adapter": weights.hexdigest(),
+        part: weights.hexdigest(),
     }

@@ -19,6 +19,13 @@ COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#64748b")
 INK = "#010203"
 """Stands for the colour of text and axes in the drawing, and becomes `currentColor` in the page."""
 
+SEARCHED = {
+    "svd": "the singular values of a LoRA adapter",
+    "lora": "the factors of a LoRA adapter",
+    "lowrank": "the weights of a model, with low-rank noise",
+    "full": "all weights of a model",
+}
+
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --card: #f6f8fa; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; }
 @media (prefers-color-scheme: dark) {
@@ -98,7 +105,8 @@ def write_report(
     own = [dataclasses.replace(curve, name=f"{name}, {curve.name}") if name else curve for curve in run_curves(run)]
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
     png, svg = _draw([*own, *curves], title)
-    lead = "Gradient-free alignment: a search over the singular values of a LoRA adapter."
+    searched = SEARCHED[run.identity["settings"]["parametrization"]]
+    lead = f"Gradient-free alignment: a search over {searched}."
     text = page(title, lead, _headline(run), svg, [*tables, *_own_tables(run)], "learning curve")
     (run.directory / "report.png").write_bytes(png)
     path = run.directory / "report.html"
@@ -170,7 +178,7 @@ def _own_tables(run: Run) -> list[Table]:
             ("tokens per second", f"{tokens / seconds:,.0f}"),
         ]
     facts = {"model": run.about["model"], "rewards": ", ".join(run.identity["rewards"])}
-    facts |= {"searched singular values": run.identity["model"]["searched_values"]}
+    facts |= {"searched values": run.identity["model"]["searched_values"]}
     settings = {**facts, **run.about["settings"], **run.identity["settings"]}
     environment = {"started": run.about["started"], **_flat(run.about["environment"])}
     return [

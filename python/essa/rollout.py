@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import essa_kernels
 from essa.config import InputError
 from essa.models import bare, context_length
-from essa_kernels.nn import Population, SVDLoRA
+from essa_kernels.nn import Parametrization, Population, SVDLoRA
 from essa_kernels.noise import SAMPLING_SITE
 
 # A batch is packed once this fraction of its rows, or less, is still running: packing copies the KV cache.
@@ -67,8 +67,8 @@ def generate(
     processing_class: Any,
     prompts: Sequence[str],
     *,
-    space: SVDLoRA | None = None,
-    values: Tensor | None = None,
+    space: Parametrization | SVDLoRA | None = None,
+    values: Any = None,
     assignment: str = "all",
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -86,8 +86,9 @@ def generate(
         model: a decoder-only transformers model or a PeftModel around one.
         processing_class: its tokenizer.
         prompts: texts; the tokenizer adds its special tokens.
-        space, values: an `SVDLoRA` of the model and the members' singular values, float32 [members, size]. Both None:
-            the model as it is, with whatever adapter is active, is the one member.
+        space, values: a parametrisation of the model, and members as its ``attach`` takes them; for an `SVDLoRA` their
+            singular values, float32 [members, size]. Both None: the model as it is, with whatever adapter is active, is
+            the one member.
         assignment: "all": every member answers every prompt. "per_prompt": member m answers prompt
             m // (members // len(prompts)) only.
         max_new_tokens: the longest completion.
@@ -110,17 +111,19 @@ def generate(
     members = _members(space, values, assignment, len(prompts))
     count = members if assignment == "per_prompt" else members * len(prompts)
     rows = range(count) if rows is None else rows
-    owners = list(owners_of(rows, assignment, members, len(prompts)))
+    owners = dict(zip(rows, owners_of(rows, assignment, members, len(prompts)), strict=True))
     base = bare(model)
-    encoded = _encode(base, processing_class, {prompt: prompts[prompt] for _, prompt in owners}, max_new_tokens)
+    encoded = _encode(
+        base, processing_class, {prompt: prompts[prompt] for _, prompt in owners.values()}, max_new_tokens
+    )
     ends = _end_tokens(base, processing_class)
 
     decoder = _Decoder(base, ends, max_new_tokens)
     key = essa_kernels.NoiseKey(seed, generation, SAMPLING_SITE)
     generated: list[list[int]] = []
     with torch.inference_mode(), _evaluating(base):
-        for part in batches(range(len(rows)), row_budget):
-            batch = owners[part.start : part.stop]
+        for part in batches(rows, row_budget, None if space is None or space.batched else len(prompts)):
+            batch = [owners[row] for row in part]
             pick = _Sampler(key, batch, len(prompts), max_new_tokens, temperature) if temperature else _greedy
             ids = [encoded[prompt] for _, prompt in batch]
             if space is None or values is None:
@@ -134,7 +137,7 @@ def generate(
                 progress(len(generated), len(rows))
 
     completions: list[list[Completion]] = [[] for _ in range(members)]
-    for (member, _), completion in zip(owners, _decode(processing_class, generated, ends), strict=True):
+    for (member, _), completion in zip(owners.values(), _decode(processing_class, generated, ends), strict=True):
         completions[member].append(completion)
     return Rollout(completions, sum(map(len, generated)), time.perf_counter() - started)
 
@@ -145,9 +148,17 @@ def owners_of(rows: range, assignment: str, members: int, prompts: int) -> Itera
         yield divmod(row, prompts) if assignment == "all" else (row, row * prompts // members)
 
 
-def batches(rows: range, row_budget: int) -> list[range]:
-    """Rows cut into batches of at most ``row_budget``."""
-    return [rows[start : start + row_budget] for start in range(0, len(rows), row_budget)]
+def batches(rows: range, row_budget: int, member_rows: int | None = None) -> list[range]:
+    """Rows cut into batches of at most ``row_budget``; with ``member_rows``, the rows that each member has, also between
+    members."""
+    cut, start = [], rows.start
+    while start < rows.stop:
+        stop = min(start + row_budget, rows.stop)
+        if member_rows is not None:
+            stop = min(stop, (start // member_rows + 1) * member_rows)
+        cut.append(range(start, stop))
+        start = stop
+    return cut
 
 
 class _Decoder:
@@ -257,13 +268,13 @@ def _check_count(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _members(space: SVDLoRA | None, values: Tensor | None, assignment: str, prompts: int) -> int:
+def _members(space: Any, values: Any, assignment: str, prompts: int) -> int:
     if (space is None) != (values is None):
         given, missing = ("values", "space") if space is None else ("space", "values")
         raise InputError(f"space and values belong together, got {given} without {missing}")
     members = 1
     if space is not None and values is not None:
-        if values.dim() != 2 or values.shape[1] != space.size or not len(values):
+        if isinstance(values, Tensor) and (values.dim() != 2 or values.shape[1] != space.size or not len(values)):
             raise InputError(f"values must have shape [members, {space.size}], got {list(values.shape)}")
         members = len(values)
     if assignment not in ("all", "per_prompt"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from essa.models import bare
-from essa_kernels.nn import SVDLoRA
+from essa_kernels.nn import Parametrization, SVDLoRA
 
 # A batch is cut where its logits would have more elements than this: 1 GiB in float32.
 MAX_LOGITS = 2**28
@@ -21,8 +21,8 @@ def log_probabilities(
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     *,
-    space: SVDLoRA,
-    values: Tensor,
+    space: Parametrization | SVDLoRA,
+    values: Any,
     temperature: float = 1.0,
     row_budget: int = 256,
 ) -> Tensor:
@@ -31,7 +31,8 @@ def log_probabilities(
     Args:
         model: a decoder-only transformers model or a PeftModel around one, in evaluation mode.
         prompt_ids, completion_ids: token ids, one list of each per row; none may be empty.
-        space, values: an `SVDLoRA` of the model and the singular values of every row, float32 [rows, size].
+        space, values: a parametrisation of the model and the member of every row, as its ``attach`` takes them; for an
+            `SVDLoRA` singular values, float32 [rows, size].
         temperature: divides the logits, above 0.
         row_budget: the most rows in a batch.
 

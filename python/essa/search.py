@@ -8,51 +8,60 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from essa.config import ESSAConfig, InputError
-from essa.rollout import owners_of
+from essa.models import adapter_name
+from essa.rollout import batches, owners_of
 from essa.strategies import Score, Strategy, make_strategy
-from essa_kernels.nn import SVDLoRA
+from essa_kernels.nn import (
+    FullWeights,
+    LoRAFactors,
+    LowRankNoise,
+    Parametrization,
+    Perturbed,
+    SingularValues,
+)
+
+PROBED = 256
+"""How many elements of each parameter go into a digest."""
+
+Candidates = torch.Tensor | Perturbed
+"""Members as a parametrisation's ``attach`` takes them: offsets [members, dim], or perturbations of its point."""
 
 
 class Search:
     """A parametrisation of a model, a strategy that searches it, and where the two stand.
 
     Args:
-        model: a model that carries the LoRA adapter to search.
+        model: the model: with a LoRA adapter for "svd" and "lora", without for the other parametrisations.
         args: the run's settings.
 
     Attributes:
-        space: the parametrisation; its ``attach`` takes what `ask` returns, or a slice of it.
+        space: the parametrisation. Its ``attach`` takes what `ask` returns, or a slice of it; its parameters are what
+            has been found so far.
         strategy: the strategy as it stands.
         generation: how many generations it has been told.
-        dim: how many coordinates are searched.
+        dim: how many numbers are searched.
 
     Raises:
-        InputError: the model's adapter cannot be searched, or the settings do not fit together.
+        InputError: the model cannot be searched so, or the settings do not fit together.
     """
 
     def __init__(self, model: torch.nn.Module, args: ESSAConfig) -> None:
         self._args = args
-        try:
-            self.space = SVDLoRA.from_peft(model, adapter_name(model))
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
-        self._searched = self.space.top(args.alpha)
-        self.dim = len(self._searched)
-        self.reset()
+        self._asked: tuple[int, Candidates] | None = None
+        self.space = make_space(model, args)
+        self.dim = sum(parameter.numel() for parameter in self.space.parameters)
+        self._restart()
 
     def reset(self) -> None:
         """Go back to where the search starts."""
-        self.strategy = self._new_strategy()
-        self.generation = 0
-        self._asked: tuple[int, np.ndarray, torch.Tensor] | None = None
-        self._taken: torch.Tensor | None = None
+        self.space.reset()
+        self._restart()
 
     @property
     def temperature(self) -> float:
@@ -60,43 +69,49 @@ class Search:
         own = self._args.temperature
         return self.strategy.temperature if own is None else own
 
-    @property
-    def solution(self) -> torch.Tensor:
-        """What has been found so far, as candidates of one member."""
-        return self.values(self.strategy.mean[None]) if self._taken is None else self._taken
-
-    def keep(self) -> torch.Tensor:
-        """A copy of the solution, for `take`."""
-        return self.solution
-
-    def take(self, kept: torch.Tensor) -> None:
-        """Make an earlier solution the solution, once the search is over."""
-        self._taken = kept
-
     def resolved(self) -> dict[str, Any]:
         """The settings whose default is the strategy's own, as they are before the first generation."""
-        return {"strategy": self.strategy.name, "sigma": float(self.strategy.sigma), "temperature": self.temperature}
+        return {
+            "strategy": self.strategy.name,
+            "sigma": float(self.strategy.sigma),
+            "temperature": self.temperature,
+            **getattr(self.strategy, "settings", {}),
+        }
 
-    def ask(self, generation: int) -> torch.Tensor:
+    def ask(self, generation: int) -> Candidates:
         """The candidates of a generation, one a member."""
-        return self._ask(generation)[1]
+        if self._asked is None or self._asked[0] != generation:
+            asked = self.strategy.ask(generation)
+            self._asked = generation, asked if isinstance(asked, Perturbed) else torch.from_numpy(asked)
+        return self._asked[1]
 
-    def rows(self, prompts: int) -> int:
-        """How many completions a generation of so many prompts takes."""
+    def chunks(self, prompts: int) -> list[range]:
+        """The rows of a generation of so many prompts, one a completion, cut into what is evaluated at a time: at the row
+        budget and, where the parametrisation computes one member at a time, between members. Nothing else decides."""
         members = self._args.population_size
-        return members if self.strategy.assignment == "per_prompt" else members * prompts
+        rows = range(members if self.strategy.assignment == "per_prompt" else members * prompts)
+        return batches(rows, self._args.row_budget, None if self.space.batched else prompts)
 
     def owners(self, rows: range, prompts: int) -> Iterator[tuple[int, int]]:
         """The member that gives each row of a generation, and the place of the prompt it answers."""
         return owners_of(rows, self.strategy.assignment, self._args.population_size, prompts)
 
     def digest(self, generation: int) -> str:
-        """Identifies the candidates of a generation in a checkpoint."""
-        return hashlib.sha256(np.ascontiguousarray(self._ask(generation)[0], dtype="<f4").tobytes()).hexdigest()[:16]
+        """Identifies the candidates of a generation in a checkpoint: the offsets; or key, sigma and a probe of the point."""
+        candidates = self.ask(generation)
+        if isinstance(candidates, torch.Tensor):
+            content = _bytes(candidates)
+        else:
+            probes = (parameter.reshape(-1)[:PROBED] for parameter in self.space.parameters)
+            content = repr(candidates).encode() + b"".join(map(_bytes, probes))
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         """Learn from the rewards of the candidates, float64 [members, prompts or 1]."""
         self.strategy.tell(generation, rewards, score)
+        if self.strategy.mean is not None:
+            self.space.parameters[0].copy_(torch.from_numpy(self.strategy.mean))
+            self.space.moved()
         self.generation = generation + 1
         self._asked = None
 
@@ -108,33 +123,20 @@ class Search:
         self.tell(record["generation"], rewards, lambda *_: np.array(next(recorded)))
         return same
 
-    def values(self, offsets: np.ndarray) -> torch.Tensor:
-        """Candidates at offsets from the start, [members, dim]: singular values, float32 [members, size]."""
-        offset = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32))
-        start = self.space.spectrum[self._searched]
-        searched = start + offset if self._args.offset_mode == "absolute" else start * (1.0 + offset)
-        values = self.space.spectrum.repeat(len(offsets), 1)
-        values[:, self._searched] = searched
-        return values
+    def keep(self) -> list[torch.Tensor]:
+        """A copy of what has been found so far, for `take`."""
+        return [parameter.to("cpu", copy=True) for parameter in self.space.parameters]
 
-    def save(self, output_dir: str | Path) -> None:
-        """Write the solution as an ordinary PEFT adapter folder."""
-        self.space.save_adapter(self.solution[0], output_dir)
+    def take(self, kept: list[torch.Tensor]) -> None:
+        """Go back to an earlier find, once the search is over."""
+        for parameter, earlier in zip(self.space.parameters, kept, strict=True):
+            parameter.copy_(earlier)
+        self.space.moved()
 
-    def load_(self) -> None:
-        """Make the model itself be the solution."""
-        self.space.load_(self.solution[0])
-
-    def _ask(self, generation: int) -> tuple[np.ndarray, torch.Tensor]:
-        if self._asked is None or self._asked[0] != generation:
-            offsets = self.strategy.ask(generation)
-            self._asked = generation, offsets, self.values(offsets)
-        return self._asked[1:]
-
-    def _new_strategy(self) -> Strategy:
+    def _restart(self) -> None:
         args = self._args
         try:
-            return make_strategy(
+            self.strategy: Strategy = make_strategy(
                 args.strategy,
                 dim=self.dim,
                 population_size=args.population_size,
@@ -143,15 +145,38 @@ class Search:
                 sigma=args.sigma,
                 lr=args.learning_rate,
                 temperature=args.temperature,
+                space=self.space,
+                optimizer=args.optimizer,
+                reward_shaping=args.reward_shaping,
+                perturbation=args.perturbation,
+                weight_decay=args.weight_decay,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+        self.generation = 0
+        self._asked = None
 
 
-def adapter_name(model: Any) -> str:
-    """The name of a model's one active LoRA adapter."""
-    active = model.active_adapters
-    active = active() if callable(active) else active
-    if len(active) != 1:
-        raise InputError(f"exactly one LoRA adapter must be active, got {', '.join(map(repr, active)) or 'none'}")
-    return active[0]
+def make_space(model: torch.nn.Module, args: ESSAConfig) -> Parametrization:
+    """The parametrisation that the settings name.
+
+    Raises:
+        InputError: it does not fit the model.
+    """
+    try:
+        if args.parametrization == "svd":
+            return SingularValues(model, adapter_name(model), alpha=args.alpha, offset_mode=args.offset_mode)
+        if args.parametrization == "lora":
+            return LoRAFactors(model, adapter_name(model), distribution=args.noise)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
+    try:
+        if args.parametrization == "lowrank":
+            return LowRankNoise(model, rank=args.noise_rank, distribution=args.noise)
+        return FullWeights(model, distribution=args.noise)
+    except ValueError as error:
+        raise InputError(f"this model cannot be searched: {error}") from error
+
+
+def _bytes(numbers: torch.Tensor) -> bytes:
+    return numbers.cpu().numpy().astype("<f4").tobytes()

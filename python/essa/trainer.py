@@ -1,4 +1,4 @@
-"""`ESSATrainer`: align a language model by searching its LoRA adapter's singular values, without gradients.
+"""`ESSATrainer`: align a language model without gradients, by searching its LoRA adapter or its weights.
 
 One generation: the strategy asks for candidates, the whole population answers the same prompts in batched forward
 passes, the reward functions rate the answers, the strategy is told. The call shape is that of TRL's `GRPOTrainer`.
@@ -26,18 +26,20 @@ from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts, evaluate
-from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer
+from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer, merge_adapter
 from essa.progress import Progress
 from essa.rewards import Reward, RewardError, Rewards
-from essa.search import Search, adapter_name
+from essa.search import Search
+from essa_kernels.nn import POINT
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
+WEIGHTS = ("lowrank", "full")
+"""Parametrisations of the model's own weights."""
 
 
 class ESSATrainer:
-    """Search the singular values of a LoRA adapter for the highest reward.
+    """Search the singular values of a LoRA adapter, or what else `args.parametrization` names, for the highest reward.
 
     Args:
         model: name or folder of a base model, a `PeftModel`, or a transformers model that carries a LoRA adapter.
@@ -49,7 +51,8 @@ class ESSATrainer:
         eval_dataset: the same, for evaluating the search's mean; never searched on.
         processing_class: the tokenizer; None loads the model's own.
         callbacks: transformers `TrainerCallback`s. One step is one generation.
-        adapter: folder or name of the warm-start LoRA, when `model` does not carry one.
+        adapter: folder or name of the warm-start LoRA, when `model` does not carry one. Where the weights are searched, it
+            is merged into them, and there may be none.
 
     Raises:
         InputError: anything given cannot be used. Nothing has been written by then.
@@ -85,7 +88,7 @@ class ESSATrainer:
         self.eval_prompts: Prompts | None = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
         self._sampler = PromptSampler(len(self.train_prompts), args.prompts_per_generation, args.seed)
         self.search = Search(self.model, args)
-        self._fingerprint = fingerprint(self.model, adapter_name(self.model))
+        self._fingerprint = fingerprint(self.model)
         task = Task(
             self.model,
             self.processing_class,
@@ -103,7 +106,7 @@ class ESSATrainer:
         self._emit("on_init_end")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
-        """Run the search and write `output_dir/adapter` and the report.
+        """Run the search and write `output_dir/adapter` (or `output_dir/model`) and the report.
 
         Args:
             resume_from_checkpoint: True, or the run's folder (which must be `output_dir`), to continue a run. Its
@@ -136,7 +139,7 @@ class ESSATrainer:
                 if self._best is not None:
                     self.search.take(self._best)
                 self.save_model()
-                self.search.load_()
+                self.search.space.load_()
                 self._emit("on_train_end")
         finally:
             run.close()
@@ -150,8 +153,10 @@ class ESSATrainer:
         return {f"eval_{name}": value for name, value in self._evaluation().items()}
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Write the current mean as an ordinary PEFT adapter folder, by default to `args.output_dir/adapter`."""
-        self.search.save(output_dir or Path(self.args.output_dir, ADAPTER_FOLDER))
+        """Write the current mean, by default to `args.output_dir`: as an ordinary PEFT adapter folder, `adapter`, or where
+        the weights are searched as a transformers model folder with its tokenizer, `model`."""
+        space = self.search.space
+        space.save(output_dir or Path(self.args.output_dir, space.output), self.processing_class)
 
     def _reset(self) -> None:
         self.search.reset()
@@ -331,7 +336,7 @@ class ESSATrainer:
             self.eval_prompts,
             self.rewards,
             space=self.search.space,
-            values=self.search.solution,
+            values=POINT,
             max_new_tokens=self.args.max_new_tokens,
             row_budget=self.args.row_budget,
             trainer_state=self.state,
@@ -384,14 +389,17 @@ def _load(
     model: Any, adapter: str | None, processing_class: Any, args: ESSAConfig
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     if isinstance(model, str):
-        base, tokenizer = load_base(model, dtype=args.dtype, quantization=args.quantization, device=args.device)
-        return load_adapter(base, adapter), processing_class or tokenizer
-    if not isinstance(model, torch.nn.Module):
+        model, tokenizer = load_base(model, dtype=args.dtype, quantization=args.quantization, device=args.device)
+        processing_class = processing_class or tokenizer
+    elif not isinstance(model, torch.nn.Module):
         raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
     if has_lora(model) and adapter is not None:
         raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
-    if not has_lora(model):
+    of_weights = args.parametrization in WEIGHTS
+    if not has_lora(model) and not (of_weights and adapter is None):
         model = load_adapter(model, adapter)
+    if of_weights and has_lora(model):
+        model = merge_adapter(model)
     return model.eval(), processing_class or load_tokenizer(_model_name(model))
 
 

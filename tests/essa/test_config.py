@@ -38,6 +38,13 @@ def test_every_field_explains_itself(kind):
         ("alpha", 1.5),
         ("offset_mode", "relativ"),
         ("strategy", 3),
+        ("parametrization", "svdd"),
+        ("optimizer", "sdg"),
+        ("reward_shaping", "rank"),
+        ("perturbation", "row"),
+        ("weight_decay", -1.0),
+        ("noise", "uniform"),
+        ("noise_rank", 0),
         ("learning_rate", 0.0),
         ("max_new_tokens", 0),
         ("temperature", -0.1),
@@ -64,6 +71,26 @@ def test_a_wrong_value_is_named(name, value):
 def test_choices_suggest_the_nearest():
     with pytest.raises(InputError, match="did you mean 'relative'"):
         ESSAConfig(output_dir="run", offset_mode="relativ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parametrization": "lora", "alpha": 0.5}, "alpha is a setting of parametrization svd, got 0.5 with 'lora'"),
+        (
+            {"parametrization": "svd", "noise": "rademacher"},
+            "noise is a setting of parametrization lora or lowrank or full",
+        ),
+        ({"parametrization": "full", "noise_rank": 2}, "noise_rank is a setting of parametrization lowrank, got 2"),
+        (
+            {"parametrization": "full", "quantization": "int8"},
+            "quantization is a setting of parametrization svd or lora",
+        ),
+    ],
+)
+def test_settings_of_another_parametrisation_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        ESSAConfig(output_dir="run", **settings)
 
 
 def test_a_whole_number_is_taken_for_a_float():

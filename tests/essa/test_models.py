@@ -62,14 +62,14 @@ def test_another_kind_of_adapter_is_named(base, adapter):
 
 def test_the_fingerprint_is_that_of_base_and_adapter(base, warm_start):
     model = load_adapter(base, warm_start)
-    first = fingerprint(model, "default")
-    assert fingerprint(load_adapter(load_base(str(BASE_MODEL))[0], warm_start), "default") == first
+    first = fingerprint(model)
+    assert fingerprint(load_adapter(load_base(str(BASE_MODEL))[0], warm_start)) == first
     model.config.rope_theta = 5.0
-    assert fingerprint(model, "default")["base_config"] != first["base_config"]
+    assert fingerprint(model)["base_config"] != first["base_config"]
     weight = next(tensor for name, tensor in model.named_parameters() if "lora_B" in name)
     with torch.no_grad():
         weight[0, 0] += 1e-3
-    assert fingerprint(model, "default")["adapter"] != first["adapter"]
+    assert fingerprint(model)["adapter"] != first["adapter"]
 
 
 def test_devices_and_context(base):

@@ -16,10 +16,15 @@ from essa.strategies import STRATEGIES
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 TIMING = ("seconds", "rollout_seconds")
+METHODS = {strategy: {"strategy": strategy} for strategy in STRATEGIES} | {
+    "lora": {"parametrization": "lora", "optimizer": "momentum", "perturbation": "completion"},
+    "lowrank": {"parametrization": "lowrank", "optimizer": "adam", "noise": "rademacher", "noise_rank": 2},
+    "full": {"parametrization": "full", "reward_shaping": "per-prompt", "weight_decay": 0.1},
+}
 
 
 def adapter_bytes(trainer) -> dict[str, bytes]:
-    folder = Path(trainer.args.output_dir, "adapter")
+    folder = Path(trainer.args.output_dir, trainer.search.space.output)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -43,34 +48,49 @@ class StopAfter(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def finished():
-    """Runs of a whole search, shared by the tests of this module: strategy -> (adapter, history)."""
+    """Runs of a whole search, shared by the tests of this module: method -> (adapter, history)."""
     return {}
 
 
 @pytest.fixture
 def reference(finished, make_trainer):
-    def get(strategy):
-        if strategy not in finished:
-            trainer = make_trainer("reference", strategy=strategy, eval_steps=2)
+    def get(method):
+        if method not in finished:
+            trainer = make_trainer("reference", **METHODS[method], eval_steps=2)
             trainer.train()
-            finished[strategy] = adapter_bytes(trainer), untimed_history(trainer)
-        return finished[strategy]
+            finished[method] = adapter_bytes(trainer), untimed_history(trainer)
+        return finished[method]
 
     return get
 
 
-def test_a_search_finds_the_right_answers_and_the_adapter_holds_them_in_plain_peft(make_trainer, problems, pictures):
-    trainer = make_trainer(strategy="es-per-completion", population_size=64, prompts_per_generation=8, generations=25)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"strategy": "es-per-completion", "population_size": 64, "prompts_per_generation": 8},
+        {"strategy": "es"},
+        {"parametrization": "lora", "learning_rate": 0.001},
+        {"parametrization": "lowrank"},
+        {"parametrization": "full"},
+    ],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+def test_a_search_finds_the_right_answers_and_what_it_saves_holds_them(make_trainer, problems, method):
+    """In plain PEFT or transformers, where nothing of this project is loaded."""
+    trainer = make_trainer(**{"prompts_per_generation": 16, "generations": 25, **method})
     summary = trainer.train()
-    assert summary["samples"] == 25 * 64
     assert summary["eval_reward"] >= summary["eval_reward_before"] + 0.2
-    folder = Path(trainer.args.output_dir)
-    for name in (RUN_FILE, HISTORY_FILE, "report.html", "report.png", "adapter/adapter_model.safetensors"):
+    folder, output = Path(trainer.args.output_dir), trainer.search.space.output
+    weights = {"adapter": "adapter/adapter_model.safetensors", "model": "model/model.safetensors"}[output]
+    for name in (RUN_FILE, HISTORY_FILE, "report.html", "report.png", weights):
         assert (folder / name).stat().st_size > 0
 
     from peft import PeftModel
 
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_MODEL), str(folder / "adapter"))
+    if output == "adapter":
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_MODEL), str(folder / output))
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(folder / output)
     tokenizer = trainer.processing_class
     _, evaluation = problems
     batch = tokenizer([row["prompt"] for row in evaluation], return_tensors="pt")
@@ -85,24 +105,27 @@ def test_a_search_finds_the_right_answers_and_the_adapter_holds_them_in_plain_pe
     assert trainer.evaluate()["eval_reward"] == summary["eval_reward"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_run_is_its_seed(reference, make_trainer, strategy):
-    adapter, history = reference(strategy)
-    again = make_trainer(strategy=strategy, eval_steps=2)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_its_seed(reference, make_trainer, method):
+    adapter, history = reference(method)
+    again = make_trainer(**METHODS[method], eval_steps=2)
     again.train()
     assert adapter_bytes(again) == adapter
     assert untimed_history(again) == history
-    other = make_trainer("other", strategy=strategy, eval_steps=2, seed=1)
+    other = make_trainer("other", **METHODS[method], eval_steps=2, seed=1)
     other.train()
     assert adapter_bytes(other) != adapter
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_ends_in_the_same_bits(reference, make_trainer, strategy):
-    adapter, history = reference(strategy)
-    make_trainer(strategy=strategy, eval_steps=2, callbacks=[StopAfter(1)]).train()
-    make_trainer(strategy=strategy, eval_steps=2, callbacks=[StopAfter(3)]).train(resume_from_checkpoint=True)
-    last = make_trainer(strategy=strategy, eval_steps=2)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_in_the_same_bits(reference, make_trainer, method):
+    adapter, history = reference(method)
+    stop = StopAfter(1)
+    trainer = make_trainer(**METHODS[method], eval_steps=2, callbacks=[stop])
+    trainer.train()
+    stop.step = 3
+    trainer.train(resume_from_checkpoint=True)  # the same trainer, whose model carries what was found so far
+    last = make_trainer(**METHODS[method], eval_steps=2)
     last.train(resume_from_checkpoint=last.args.output_dir)
     assert adapter_bytes(last) == adapter
     searched = [record for record in untimed_history(last) if "rewards" in record]
@@ -231,6 +254,10 @@ def test_resume_refuses_a_damaged_or_missing_run(make_trainer):
         ({"strategy": "cma-diagnal"}, "did you mean 'cma-diagonal'"),
         ({"strategy": "es-per-completion", "population_size": 6}, "population_size"),
         ({"strategy": "zo-grpo", "temperature": 0.0}, "temperature.*zo-grpo"),
+        ({"parametrization": "lora", "strategy": "cma"}, "parametrization 'lora' has .* and takes 'es'"),
+        ({"parametrization": "full", "perturbation": "completion"}, "'full' computes one member at a time"),
+        ({"parametrization": "lowrank", "population_size": 15}, "members come in mirrored pairs"),
+        ({"strategy": "cma", "optimizer": "adam"}, "optimizer: got 'adam', but only strategy 'es' has it"),
         ({"reward_funcs": "exact-match"}, "did you mean 'exact_match'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
@@ -279,18 +306,20 @@ def test_models_that_carry_their_adapter(reference, make_trainer, warm_start):
 def test_alpha_and_offset_mode_decide_which_values_move_and_how(make_trainer):
     trainer = make_trainer(alpha=0.5, offset_mode="relative")
     space = trainer.search.space
-    searched, start = space.top(0.5), space.spectrum
+    searched, start = space.searched, space.lora.spectrum
+    assert torch.equal(searched, space.lora.top(0.5))
     offsets = np.linspace(-0.5, 0.5, 2 * len(searched), dtype=np.float32).reshape(2, -1)
-    values = trainer.search.values(offsets)
+    values = space.values(torch.from_numpy(offsets))
     kept = torch.ones(len(start), dtype=torch.bool)
     kept[searched] = False
     assert torch.equal(values[:, kept], start[kept].expand(2, -1))
     torch.testing.assert_close(values[:, searched], start[searched] * (1 + torch.from_numpy(offsets)))
     trainer.train()
-    assert torch.equal(trainer.search.solution[0, kept], start[kept])
-    assert not torch.equal(trainer.search.solution[0, searched], start[searched])
+    found = space.values(space.parameters[0][None])[0]
+    assert torch.equal(found[kept], start[kept])
+    assert not torch.equal(found[searched], start[searched])
 
-    absolute = make_trainer("absolute", alpha=0.5).search.values(offsets)
+    absolute = make_trainer("absolute", alpha=0.5).search.space.values(torch.from_numpy(offsets))
     torch.testing.assert_close(absolute[:, searched], start[searched] + torch.from_numpy(offsets))
 
 

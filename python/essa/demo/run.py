@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from essa.checkpoint import write_atomically
 from essa.config import ESSAConfig, InputError
 from essa.demo import task
 from essa.demo.warm_start import BASE_MODEL, make_warm_start
 from essa.evaluate import check_prompts, evaluate
+from essa.models import load_adapter, load_base
 from essa.report import Curve, Table, write_report
-from essa.trainer import ADAPTER_FOLDER, ESSATrainer
+from essa.trainer import ESSATrainer
+from essa_kernels.nn import SVDLoRA
 
 MAX_NEW_TOKENS = task.ANSWER_LENGTH + 1
 SEARCH: dict[str, Any] = {
@@ -25,18 +25,31 @@ SEARCH: dict[str, Any] = {
     "eval_steps": 3,
     "load_best_model_at_end": True,
 }
+SEARCH_OF_WEIGHTS: dict[str, Any] = {**SEARCH, "prompts_per_generation": 16, "generations": 60, "eval_steps": 4}
+SEARCHED = {
+    "svd": "singular values of the LoRA",
+    "lora": "weights of the LoRA",
+    "lowrank": "weights",
+    "full": "weights",
+}
 CONTROL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Factors on all singular values, of A and of B: the LoRA's delta grows with their square."""
 
 
 def run_demo(
-    output_dir: str | Path, seed: int = 0, compare: str | None = None, say: Any = print, **settings: Any
+    output_dir: str | Path,
+    seed: int = 0,
+    parametrization: str = "svd",
+    compare: str | None = None,
+    say: Any = print,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Warm start, search, control, report.
 
     Args:
         output_dir: a folder that is not there yet, or empty.
         seed: of the warm start and of the search.
+        parametrization: what is searched, as in `ESSAConfig`.
         compare: "grpo" also runs TRL's GRPOTrainer from the same warm start on the same prompts.
         say: prints a line.
         settings: `ESSAConfig` fields that replace the demo's own.
@@ -61,7 +74,8 @@ def run_demo(
         seed=seed,
         max_new_tokens=MAX_NEW_TOKENS,
         run_name="ESSA demo",
-        **{**SEARCH, **settings},
+        **{**(SEARCH if parametrization == "svd" else SEARCH_OF_WEIGHTS), **settings},
+        parametrization=parametrization,
     )
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,10 +95,10 @@ def run_demo(
         adapter=str(warm_start),
     )
     before = test_accuracy(trainer)
-    say(f"Search: the LoRA's {trainer.search.space.size} singular values ...")
-    search = trainer.train()
+    say(f"Search: {trainer.search.dim:,} {SEARCHED[args.parametrization]} ...")
+    search, output = trainer.train(), trainer.search.space.output
     after = test_accuracy(trainer)
-    scale, control = uniform_scale_control(trainer)
+    scale, control = uniform_scale_control(trainer, warm_start)
     summary = {
         "accuracy_before": before,
         "accuracy_after": after,
@@ -98,7 +112,7 @@ def run_demo(
         "train_file": str(files["train"]),
         "validation_file": str(files["validation"]),
         "test_file": str(files["test"]),
-        "adapter": str(folder / "essa" / ADAPTER_FOLDER),
+        output: str(folder / "essa" / output),
         "report": str(folder / "essa" / "report.html"),
     }
     curves = [Curve("best uniform scale (control)", [], [], [control], "level")]
@@ -114,25 +128,29 @@ def run_demo(
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, value in rows:
         say(f"  {name:<42}{value}")
-    say(f"adapter: {summary['adapter']}\nreport:  {summary['report']}")
+    say(f"{output + ':':<8} {summary[output]}\nreport:  {summary['report']}")
     return summary
 
 
-def test_accuracy(trainer: ESSATrainer, values: torch.Tensor | None = None) -> float:
-    """Exact match on the test problems: of the model as it is, in plain PEFT, or of singular values [1, size]."""
-    return _accuracy(trainer, "test", values)
+def test_accuracy(trainer: ESSATrainer) -> float:
+    """Exact match on the test problems, of the model as it is: in plain PEFT or transformers."""
+    return _accuracy(trainer.model, trainer, "test")
 
 
-def uniform_scale_control(trainer: ESSATrainer) -> tuple[float, float]:
+def uniform_scale_control(trainer: ESSATrainer, warm_start: Path) -> tuple[float, float]:
     """The best that one number can do: the warm start's singular values times a factor, chosen on validation.
 
     Returns:
         The factor and its accuracy on the test problems.
     """
-    spectrum = trainer.search.space.spectrum[None]
-    validation = {scale: _accuracy(trainer, "validation", scale * spectrum) for scale in CONTROL_SCALES}
-    best = max(validation, key=lambda scale: validation[scale])
-    return best, test_accuracy(trainer, best * spectrum)
+    model = load_adapter(load_base(str(BASE_MODEL))[0], str(warm_start))
+    space = SVDLoRA.from_peft(model)
+
+    def accuracy(scale: float, split: str) -> float:
+        return _accuracy(model, trainer, split, space=space, values=scale * space.spectrum[None])
+
+    best = max(CONTROL_SCALES, key=lambda scale: accuracy(scale, "validation"))
+    return best, accuracy(best, "test")
 
 
 def result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -151,22 +169,17 @@ def _with_cost(accuracy: float, samples: int, seconds: float) -> str:
     return f"{accuracy:.3f}  after {samples:,} samples, {seconds:.1f} s"
 
 
-def _accuracy(trainer: ESSATrainer, split: str, values: torch.Tensor | None) -> float:
-    prompts = check_prompts(
-        task.rows(task.split(split)),
-        trainer.model,
-        trainer.processing_class,
-        trainer.rewards,
-        name=split,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
-    return evaluate(
-        trainer.model,
-        trainer.processing_class,
+def _accuracy(model: Any, trainer: ESSATrainer, split: str, **population: Any) -> float:
+    rewards, tokenizer = trainer.rewards, trainer.processing_class
+    rows = task.rows(task.split(split))
+    prompts = check_prompts(rows, model, tokenizer, rewards, name=split, max_new_tokens=MAX_NEW_TOKENS)
+    numbers = evaluate(
+        model,
+        tokenizer,
         prompts,
-        trainer.rewards,
-        space=None if values is None else trainer.search.space,
-        values=values,
+        rewards,
         max_new_tokens=MAX_NEW_TOKENS,
         row_budget=trainer.args.row_budget,
-    )["reward"]
+        **population,
+    )
+    return numbers["reward"]

@@ -7,12 +7,14 @@ from typing import Any
 
 from essa.config import suggest
 from essa.strategies.base import Score, Strategy
+from essa.strategies.es import ES
 from essa.strategies.es_per_completion import ESPerCompletion
 from essa.strategies.zo_grpo import ZOGRPO
+from essa_kernels.nn import Parametrization
 
 __all__ = ["STRATEGIES", "Score", "Strategy", "default_strategy", "make_strategy"]
 
-STRATEGIES = ("cma", "cma-diagonal", "es-per-completion", "zo-grpo")
+STRATEGIES = ("cma", "cma-diagonal", "es-per-completion", "zo-grpo", "es")
 
 
 def default_strategy(population_size: int, prompts_per_generation: int, temperature: float | None = None) -> str:
@@ -37,11 +39,16 @@ def make_strategy(
     sigma: float | None = None,
     lr: float | None = None,
     temperature: float | None = None,
+    space: Parametrization | None = None,
+    optimizer: str | None = None,
+    reward_shaping: str | None = None,
+    perturbation: str | None = None,
+    weight_decay: float | None = None,
 ) -> Strategy:
     """A fresh strategy.
 
     Args:
-        name: one of `STRATEGIES`; None for `default_strategy`.
+        name: one of `STRATEGIES`; None for `default_strategy`, or "es" where the space is not of singular values.
         dim: number of searched coordinates, at least 1.
         population_size: members per generation, at least 2.
         prompts_per_generation: prompts per generation, at least 1.
@@ -49,6 +56,8 @@ def make_strategy(
         sigma: initial standard deviation of the perturbations, above 0; None for the strategy's own.
         lr: step size of the gradient strategies, above 0; None for the strategy's own. CMA-ES has none.
         temperature: that of the rollouts, 0 for greedy decoding; None for the strategy's own.
+        space: the parametrisation that "es" moves; the others search coordinates, which "svd" alone can list.
+        optimizer, reward_shaping, perturbation, weight_decay: of "es", see `ES`; None for its own.
 
     Raises:
         ValueError: an argument is out of range, or the population does not fit the strategy.
@@ -62,14 +71,36 @@ def make_strategy(
     ):
         if value < least:
             raise ValueError(f"{argument}: got {value}, must be at least {least}")
-    name = name or default_strategy(population_size, prompts_per_generation, temperature)
+    listed = space is None or space.name == "svd"
+    if name is None:
+        name = default_strategy(population_size, prompts_per_generation, temperature) if listed else "es"
     if name == "zo-grpo" and temperature == 0:
         raise ValueError("temperature must be above 0 for strategy 'zo-grpo', which samples; got 0")
     for argument, size in (("sigma", sigma), ("lr", lr)):
         if size is not None and not (math.isfinite(size) and size > 0):
             raise ValueError(f"{argument}: got {size}, must be finite and above 0")
-    settings: dict[str, Any] = {"dim": dim, "population_size": population_size, "seed": seed}
+    settings: dict[str, Any] = {"population_size": population_size, "seed": seed}
     settings |= {argument: size for argument, size in (("sigma", sigma), ("lr", lr)) if size is not None}
+    of_es: dict[str, Any] = {
+        "optimizer": optimizer,
+        "reward_shaping": reward_shaping,
+        "perturbation": perturbation,
+        "weight_decay": weight_decay,
+    }
+    given = {argument: value for argument, value in of_es.items() if value is not None}
+    if name == "es":
+        if space is None:
+            raise ValueError("space: strategy 'es' needs the parametrisation that it moves, got None")
+        return ES(space, **settings, **given, prompts_per_generation=prompts_per_generation)
+    if given:
+        argument, choice = next(iter(given.items()))
+        raise ValueError(f"{argument}: got {choice!r}, but only strategy 'es' has it, not {name!r}")
+    if space is not None and not listed:
+        raise ValueError(
+            f"strategy: got {name!r}, which searches a list of coordinates; parametrization {space.name!r} has "
+            f"{dim:,} and takes 'es'"
+        )
+    settings["dim"] = dim
     if name in ("cma", "cma-diagonal"):
         if lr is not None:
             raise ValueError(f"lr: got {lr}, but strategy {name!r} has no learning rate")

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 import essa_kernels
+from essa_kernels.nn import Perturbed
 from essa_kernels.noise import STRATEGY_SITE
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -22,12 +23,16 @@ class Strategy(Protocol):
     A strategy keeps no other state than what its arguments, and the rewards and scores told so far, decide, and draws
     its noise by generation, so telling it all again from the start rebuilds it bit for bit.
 
+    There are two kinds. One searches coordinates: it asks for offsets and has a mean. The other, for parametrisations
+    whose coordinates are too many to list, asks for perturbations around the parametrisation's point, and moves it.
+
     Attributes:
         name: the name `make_strategy` knows it by.
         assignment: "all" - every member answers every prompt of the generation; "per_prompt" - the members are split
             evenly among the prompts, in order, and each answers only its own.
         temperature: that of the sampling it is made for; 0 is greedy decoding.
-        mean: float64 [dim], the current solution as an offset from the start; not always where `ask` looks next.
+        mean: float64 [dim], the current solution as an offset from the start; not always where `ask` looks next. None
+            for a strategy that moves the parametrisation's point, which then is the solution.
         sigma: the current step size.
     """
 
@@ -36,13 +41,13 @@ class Strategy(Protocol):
     temperature: float
 
     @property
-    def mean(self) -> np.ndarray: ...
+    def mean(self) -> np.ndarray | None: ...
 
     @property
     def sigma(self) -> float: ...
 
-    def ask(self, generation: int) -> np.ndarray:
-        """The members' offsets from the start: float32 [members, dim]."""
+    def ask(self, generation: int) -> np.ndarray | Perturbed:
+        """The members: offsets from the start, float32 [members, dim], or perturbations of the point."""
         ...
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:

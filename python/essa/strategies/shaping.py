@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -15,3 +17,35 @@ def within_prompt(rewards: np.ndarray) -> np.ndarray:
     spread = rewards.std(axis=1, keepdims=True)
     mixed = rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
     return np.divide(centred, spread, out=np.zeros_like(centred), where=mixed)
+
+
+def z_score(rewards: np.ndarray, shared: bool) -> np.ndarray:
+    """The members' mean rewards, centred and divided by their standard deviation."""
+    return within_prompt(_fitness(rewards, shared)[None])[0]
+
+
+def centred_rank(rewards: np.ndarray, shared: bool) -> np.ndarray:
+    """The members' ranks by mean reward, spread over -1/2 .. 1/2; equals share theirs (Salimans et al. 2017)."""
+    fitness = _fitness(rewards, shared)
+    _, place, counts = np.unique(fitness, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts + 1) / 2
+    return ranks[place] / (len(fitness) - 1) - 0.5
+
+
+def per_prompt(rewards: np.ndarray, shared: bool) -> np.ndarray:
+    """Rewards as `within_prompt` has them. Those of a member that answered many prompts are added up, then z-scored."""
+    scores = within_prompt(rewards)
+    return z_score(scores, shared) if shared else scores.reshape(-1)
+
+
+def _fitness(rewards: np.ndarray, shared: bool) -> np.ndarray:
+    return rewards.mean(axis=0) if shared else rewards.reshape(-1)
+
+
+SHAPINGS: dict[str, Callable[[np.ndarray, bool], np.ndarray]] = {
+    "z-score": z_score,
+    "centred-rank": centred_rank,
+    "per-prompt": per_prompt,
+}
+"""Of rewards float64 [prompts, draws] and whether draw d is the same member on every prompt: one weight a member, float64
+[draws], or else [prompts x draws], each row's members in order. All weights are 0 where nobody did better than anybody."""

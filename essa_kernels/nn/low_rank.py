@@ -1,0 +1,104 @@
+"""EGGROLL: evolution strategies on full weights with low-rank noise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import NoiseKey, lowrank_perturbed, lowrank_update_
+from .parametrization import Perturbed, member_ids
+from .population import Attaching, Forward, Population
+from .weights import Weights, check_bare, check_floating
+
+
+class LowRankNoise(Attaching, Weights):
+    """The weights of a model's linear layers, each member's with low-rank noise of its own.
+
+    While a population is attached a layer computes ``x W^T`` as ever, and `lowrank_perturbed` adds each row's noise; the
+    weights themselves change only between generations. The output layer is left as it is, since it is often the
+    embedding too, and so are routed experts, whose rows cannot be told apart by member.
+
+    Args:
+        model: a transformers model without adapters.
+        rank: of the noise.
+        distribution: of the factors' elements, "gaussian" or "rademacher".
+
+    Attributes:
+        names: sorted names of the layers.
+        parameters: their weights [d_out, d_in]; layer i's noise is drawn from sites 2i and 2i + 1.
+
+    Raises:
+        ValueError: the model carries an adapter, has no linear layer, or one whose weight is not floating-point.
+
+    Source: EGGROLL, arXiv 2511.16652.
+    """
+
+    name, batched = "lowrank", True
+
+    def __init__(self, model: Any, *, rank: int = 1, distribution: str = "gaussian") -> None:
+        check_bare(model)
+        self._layers = find_linear_layers(model)
+        self._options: dict[str, Any] = {"rank": rank, "distribution": distribution}
+        self.names = [name for name, _ in self._layers]
+        weights = [module.weight.mT if _is_transposed(module) else module.weight for _, module in self._layers]
+        super().__init__(model, weights, shared=True)
+
+    @contextlib.contextmanager
+    def attach(self, members: Perturbed) -> Iterator[Population]:
+        """Let the model compute these members; on leaving, it is exactly what it was.
+
+        Every layer's output has the rows' own noise added in place. There is no backward.
+
+        Yields:
+            The population; call its ``assign`` before the first forward.
+
+        Raises:
+            RuntimeError: a population is attached already, or another tool has replaced a layer's forward.
+        """
+        population = Population(len(members))
+        layers = self._layers if members.sigma else []
+        forwards = [
+            (name, module, self._forward(position, module, members, population))
+            for position, (name, module) in enumerate(layers)
+        ]
+        with self._replaced(population, forwards):
+            yield population
+
+    def add_noise_(self, tensors: Sequence[Tensor], key: NoiseKey, weights: Sequence[float]) -> None:
+        """As in `Parametrization`."""
+        lowrank_update_(tensors, key, weights, **self._options)
+
+    def _forward(self, position: int, module: nn.Module, members: Perturbed, population: Population) -> Forward:
+        d_out, device = self.parameters[position].shape[0], self.parameters[position].device
+        key, ids = members.key.at(site=members.key.site + 2 * position), member_ids(members, device)
+        linear, offsets_for, options = module.forward, population.offsets_for, self._options
+
+        def forward(x: Tensor) -> Tensor:
+            return lowrank_perturbed(x, d_out, key, members.sigma, ids, offsets_for(x), y=linear(x), **options)
+
+        return forward
+
+
+def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
+    """The linear layers of a transformers model but for its output layer and routed experts, sorted by name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or _is_transposed(module))
+        and module is not head
+        and ".experts." not in f".{name}."
+    ]
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no linear layer besides its output layer")
+    for name, module in found:
+        check_floating(name, module.weight)
+    return sorted(found, key=lambda item: item[0])
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is [d_in, d_out]."""
+    return type(module).__name__ == "Conv1D"
