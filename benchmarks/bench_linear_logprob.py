@@ -125,7 +125,7 @@ def test_time(benchmark, record, rival, case, dtype, trained):
     mine, theirs = (functools.partial(step, name, *tensors, trained=trained) for name in ("ours", rival))
     benchmark.pedantic(mine, rounds=1)
     what = f"{case}, {dtype}, head {'trained' if trained else 'frozen'}"
-    record(compare(what, timed(mine), rival, timed(theirs), rounds=5))
+    record(compare(what, timed(mine), rival, timed(theirs), rounds=3))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -12,15 +12,18 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def assert_no_worse_than_torch(got: Tensor, torchs: Tensor, truth: Tensor) -> None:
+def assert_no_worse_than_torch(
+    got: Tensor, torchs: Tensor, truth: Tensor, *, roundings: int = 1, terms: float = 0.0
+) -> None:
     """The tolerance rule: the largest error may exceed that of torch's own computation in the same dtype by one part
-    in 2**20 of the largest true value, plus half a unit in the last place of it for the one rounding of the result."""
+    in 2**20 of the largest true value, plus half a unit in the last place of it for each rounding of the result, plus
+    one part in 2**24 of ``terms``: a bound on the sum of what was summed, without signs, where they may cancel."""
     assert got.dtype == torchs.dtype
     assert got.shape == truth.shape
     if not truth.numel():
         return
-    largest = truth.abs().max()
-    allowed = (torchs.double() - truth).abs().max() + largest * (2**-20 + torch.finfo(got.dtype).eps / 2)
+    largest, rounding = truth.abs().max(), roundings * torch.finfo(got.dtype).eps / 2
+    allowed = (torchs.double() - truth).abs().max() + largest * (2**-20 + rounding) + terms * 2**-24
     worst = (got.double() - truth).abs().max()
     assert worst <= allowed, f"error {worst:.3e}, allowed {allowed:.3e}"
 
