@@ -417,6 +417,95 @@ void linear_logprob_hidden_cpu(uintptr_t d_hidden, uintptr_t grad, uintptr_t slo
                     [&](int64_t first, int64_t last) { kernels->linear_logprob_hidden(args, first, last); });
 }
 
+// Rows grouped by adapter, as the kernels of multi_lora take them. Every id stands for `repeat` rows in a row; -1 for
+// rows without an adapter, which are left out.
+struct AdapterRows {
+  std::vector<int64_t> starts, order;
+  std::vector<cpu::AdapterPart> parts;
+
+  AdapterRows(const int64_t* ids, int64_t count, int64_t repeat, int64_t adapters) : starts(adapters + 1) {
+    for (int64_t i = 0; i < count; ++i)
+      if (ids[i] >= 0) starts[ids[i] + 1] += repeat;
+    for (int64_t k = 0; k < adapters; ++k) {
+      for (int64_t at = 0; at < starts[k + 1]; at += cpu::kPartRows)
+        parts.push_back({k, starts[k] + at, std::min(cpu::kPartRows, starts[k + 1] - at)});
+      starts[k + 1] += starts[k];
+    }
+    order.resize(starts.back() + kRowsAhead);
+    std::vector<int64_t> next = starts;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t row = i * repeat; ids[i] >= 0 && row < (i + 1) * repeat; ++row) order[next[ids[i]]++] = row;
+  }
+
+  // More than any kernel prefetches.
+  static constexpr int64_t kRowsAhead = 16;
+};
+
+using Addresses = std::vector<uintptr_t>;
+
+// Every address is that of a stack of adapters of one rank, one after the other.
+std::vector<cpu::Adapter> adapters_of(const Addresses& a, const Addresses& b, const Addresses& d_a,
+                                      const Addresses& d_b, const std::vector<int64_t>& ranks, int64_t stack,
+                                      uintptr_t scalings, double scaling, int64_t d_in, int64_t d_out, int dtype) {
+  const int64_t size = dtype == cpu::kFloat32 ? 4 : 2;
+  std::vector<cpu::Adapter> adapters;
+  for (size_t i = 0; i < a.size(); ++i)
+    for (int64_t k = 0; k < stack; ++k) {
+      const int64_t of_a = k * ranks[i] * d_in * size, of_b = k * ranks[i] * d_out * size;
+      const float own = scalings == 0 ? 1.0f : pointer<float>(scalings)[adapters.size()];
+      adapters.push_back({pointer<void>(a[i] + of_a), pointer<void>(b[i] + of_b), ranks[i],
+                          static_cast<float>(scaling) * own, d_a.empty() ? nullptr : pointer<void>(d_a[i] + of_a),
+                          d_b.empty() ? nullptr : pointer<void>(d_b[i] + of_b)});
+    }
+  return adapters;
+}
+
+void multi_lora_cpu(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, const Addresses& a,
+                    const Addresses& b, const std::vector<int64_t>& ranks, int64_t stack, uintptr_t ids, int64_t count,
+                    int64_t repeat, uintptr_t scalings, double scaling, int64_t d_in, int64_t d_out, int dtype,
+                    int parameter_dtype, int threads) {
+  const std::vector<cpu::Adapter> adapters =
+      adapters_of(a, b, {}, {}, ranks, stack, scalings, scaling, d_in, d_out, parameter_dtype);
+  py::gil_scoped_release release;
+  const AdapterRows rows(pointer<int64_t>(ids), count, repeat, static_cast<int64_t>(adapters.size()));
+  cpu::MultiLoraArgs args{};
+  args.dtype = dtype, args.parameter_dtype = parameter_dtype;
+  args.d_in = d_in, args.d_out = d_out, args.most_ranks = *std::max_element(ranks.begin(), ranks.end());
+  args.adapters = adapters.data();
+  args.starts = rows.starts.data(), args.order = rows.order.data(), args.parts = rows.parts.data();
+  args.x = {pointer<void>(x), x_stride}, args.y = {pointer<void>(y), y_stride};
+  cpu::parallel_for(threads, static_cast<int64_t>(rows.parts.size()), 1,
+                    [&](int64_t first, int64_t last) { kernels->multi_lora(args, first, last); });
+}
+
+void multi_lora_backward_cpu(uintptr_t d_x, int64_t d_x_stride, const Addresses& d_a, const Addresses& d_b,
+                             uintptr_t d_y, int64_t d_y_stride, uintptr_t x, int64_t x_stride, const Addresses& a,
+                             const Addresses& b, const std::vector<int64_t>& ranks, int64_t stack, uintptr_t ids,
+                             int64_t count, int64_t repeat, uintptr_t scalings, double scaling, int64_t d_in,
+                             int64_t d_out, int dtype, int parameter_dtype, int threads) {
+  const std::vector<cpu::Adapter> adapters =
+      adapters_of(a, b, d_a, d_b, ranks, stack, scalings, scaling, d_in, d_out, parameter_dtype);
+  py::gil_scoped_release release;
+  const AdapterRows rows(pointer<int64_t>(ids), count, repeat, static_cast<int64_t>(adapters.size()));
+  cpu::MultiLoraArgs args{};
+  args.dtype = dtype, args.parameter_dtype = parameter_dtype;
+  args.d_in = d_in, args.d_out = d_out, args.most_ranks = *std::max_element(ranks.begin(), ranks.end());
+  args.adapters = adapters.data();
+  args.starts = rows.starts.data(), args.order = rows.order.data(), args.parts = rows.parts.data();
+  args.x = {pointer<void>(x), x_stride};
+  args.d_x = {pointer<void>(d_x), d_x_stride}, args.d_y = {pointer<void>(d_y), d_y_stride};
+  const int64_t hidden = rows.starts.back() * args.most_ranks;
+  const std::unique_ptr<float[]> h(d_b.empty() ? nullptr : new float[hidden]);
+  const std::unique_ptr<float[]> g(d_a.empty() && d_x == 0 ? nullptr : new float[hidden]);
+  args.h = h.get(), args.g = g.get();
+  cpu::parallel_for(threads, static_cast<int64_t>(rows.parts.size()), 1,
+                    [&](int64_t first, int64_t last) { kernels->multi_lora_backward_rows(args, first, last); });
+  const int64_t blocks = cpu::blocks(d_in, cpu::kGradientColumns) + cpu::blocks(d_out, cpu::kGradientColumns);
+  if (d_a.empty() && d_b.empty()) return;
+  cpu::parallel_for(threads, static_cast<int64_t>(adapters.size()) * blocks, 1,
+                    [&](int64_t first, int64_t last) { kernels->multi_lora_backward_factors(args, first, last); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["noise_version"] = noise::kVersion;
@@ -458,6 +547,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("svd_lora_cpu", &svd_lora_cpu);
   m.def("svd_lora_shrink_cpu", &svd_lora_shrink_cpu);
   m.def("svd_lora_expand_cpu", &svd_lora_expand_cpu);
+  m.def("multi_lora_cpu", &multi_lora_cpu);
+  m.def("multi_lora_backward_cpu", &multi_lora_backward_cpu);
   m.def("lora_perturbed_cpu", &lora_perturbed_cpu);
   m.def("lowrank_perturbed_cpu", &lowrank_perturbed_cpu);
   m.def("lowrank_update_cpu", &lowrank_update_cpu);

@@ -15,6 +15,7 @@ from .ops.es_update import es_update_, perturb_
 from .ops.linear_logprob import linear_logprob
 from .ops.lora_perturbed import lora_perturbed
 from .ops.lowrank import lowrank_perturbed, lowrank_update_
+from .ops.multi_lora import multi_lora
 from .ops.noise import gaussian, rademacher
 from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_shrink
 
@@ -34,6 +35,7 @@ __all__ = [
     "lora_perturbed",
     "lowrank_perturbed",
     "lowrank_update_",
+    "multi_lora",
     "perturb_",
     "rademacher",
     "svd_lora",

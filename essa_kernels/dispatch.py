@@ -28,12 +28,23 @@ OPS = {
     "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
     "lowrank_perturbed": ("lowrank", "lowrank_perturbed_"),
     "lowrank_update_": ("lowrank", "lowrank_update_"),
+    "multi_lora": ("multi_lora", "multi_lora_"),
+    "multi_lora_backward": ("multi_lora", "multi_lora_backward"),
     "linear_logprob": ("linear_logprob", "linear_logprob"),
     "linear_logprob_backward": ("linear_logprob", "linear_logprob_backward"),
 }
 
 # Ops that Triton serves on GPUs, without a CUDA kernel.
-WITHOUT_CUDA = frozenset({"lowrank_perturbed", "lowrank_update_", "linear_logprob", "linear_logprob_backward"})
+WITHOUT_CUDA = frozenset(
+    {
+        "lowrank_perturbed",
+        "lowrank_update_",
+        "linear_logprob",
+        "linear_logprob_backward",
+        "multi_lora",
+        "multi_lora_backward",
+    }
+)
 
 # backend -> where its functions live
 MODULES = {

@@ -229,6 +229,60 @@ def _matrices(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int
     return [tensor.data_ptr() for tensor in tensors], rows, cols, [DTYPE_CODE[tensor.dtype] for tensor in tensors]
 
 
+def multi_lora_(
+    y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    ids: Tensor,
+    scalings: Tensor | None,
+    scaling: float,
+) -> None:
+    """y += scaling B (A x) with the adapter of every row; each id is that of rows / ids consecutive rows."""
+    # fmt: off
+    _run(
+        "multi_lora", y, y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0),
+        *_adapters(x, a, b, ids, scalings, scaling), y.shape[1], DTYPE_CODE[x.dtype], DTYPE_CODE[a[0].dtype],
+    )
+    # fmt: on
+
+
+def multi_lora_backward(
+    d_x: Tensor | None,
+    d_a: Sequence[Tensor] | None,
+    d_b: Sequence[Tensor] | None,
+    d_y: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    ids: Tensor,
+    scalings: Tensor | None,
+    scaling: float,
+) -> None:
+    """The gradients that are not None, from d_y; d_x is added to."""
+    # fmt: off
+    _run(
+        "multi_lora_backward", x, _address(d_x), x.shape[1], _addresses(d_a or ()), _addresses(d_b or ()),
+        d_y.data_ptr(), d_y.stride(0), x.data_ptr(), x.stride(0),
+        *_adapters(x, a, b, ids, scalings, scaling), d_y.shape[1], DTYPE_CODE[x.dtype], DTYPE_CODE[a[0].dtype],
+    )
+    # fmt: on
+
+
+def _adapters(
+    x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ids: Tensor, scalings: Tensor | None, scaling: float
+) -> tuple:
+    """Stored adapters, the rows' ids and d_in. Every tensor of a holds a stack of adapters, or just one."""
+    ranks, stack = [tensor.shape[-2] for tensor in a], a[0].shape[0] if a[0].dim() == 3 else 1
+    (rows, d_in), count = x.shape, ids.shape[0]
+    which = ids.data_ptr(), count, rows // count, _address(scalings), scaling
+    return _addresses(a), _addresses(b), ranks, stack, *which, d_in
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

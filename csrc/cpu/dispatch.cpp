@@ -11,7 +11,8 @@ namespace {
 #define ESSA_TABLE(ISA) \
   { #ISA, ISA::gaussian, ISA::rademacher, ISA::svd_lora, ISA::lora_perturbed_shrink, ISA::lora_perturbed_expand, \
     ISA::lowrank_shrink, ISA::lowrank_expand, ISA::lowrank_update, ISA::perturb, ISA::es_update, \
-    ISA::linear_logprob, ISA::linear_logprob_pack, ISA::linear_logprob_head, ISA::linear_logprob_hidden }
+    ISA::linear_logprob, ISA::linear_logprob_pack, ISA::linear_logprob_head, ISA::linear_logprob_hidden, \
+    ISA::multi_lora, ISA::multi_lora_backward_rows, ISA::multi_lora_backward_factors }
 
 struct Candidate {
   Kernels kernels;

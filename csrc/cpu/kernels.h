@@ -115,6 +115,37 @@ struct LinearLogprobArgs {
 // float16 has too little range for a gradient that is not yet scaled.
 constexpr int slope_dtype(int dtype) { return dtype == kBFloat16 ? kBFloat16 : kFloat32; }
 
+struct Rows {
+  void* data;  // [.., d], adjacent elements
+  int64_t stride;
+};
+
+struct Adapter {
+  const void *a, *b;  // [rank, d_in], [d_out, rank], contiguous
+  int64_t rank;
+  float scaling;
+  void *d_a, *d_b;  // like a and b, or nullptr
+};
+
+// Some of an adapter's rows: [first, first + rows) of the order.
+struct AdapterPart {
+  int64_t adapter, first, rows;
+};
+
+// multi_lora and its gradients.
+struct MultiLoraArgs {
+  int dtype;            // of x, y, d_x and d_y
+  int parameter_dtype;  // of the adapters
+  int64_t d_in, d_out, most_ranks;
+  const Adapter* adapters;
+  const int64_t* starts;  // [adapters + 1]: an adapter's rows in the order
+  const int64_t* order;   // numbers of rows by adapter, ascending within one; padded with valid ones
+  const AdapterPart* parts;
+  Rows x, y;
+  Rows d_x, d_y;  // backward: d_x may be null
+  float *h, *g;   // backward: by order, [.., most_ranks], or nullptr
+};
+
 struct Kernels {
   const char* isa;
   // tiles [first, last) of the rows * tiles_per_row tiles
@@ -139,6 +170,11 @@ struct Kernels {
   void (*linear_logprob_head)(const LinearLogprobArgs&, int64_t first, int64_t last);
   // d_hidden of rows [first, last) of hidden
   void (*linear_logprob_hidden)(const LinearLogprobArgs&, int64_t first, int64_t last);
+  // parts [first, last)
+  void (*multi_lora)(const MultiLoraArgs&, int64_t first, int64_t last);
+  void (*multi_lora_backward_rows)(const MultiLoraArgs&, int64_t first, int64_t last);
+  // of every adapter the blocks of kGradientColumns columns of d_a, then those of d_b
+  void (*multi_lora_backward_factors)(const MultiLoraArgs&, int64_t first, int64_t last);
 };
 
 #define ESSA_DECLARE_KERNELS(ISA)                                                          \
@@ -157,6 +193,9 @@ struct Kernels {
   void linear_logprob_pack(const LinearLogprobArgs& args);                                 \
   void linear_logprob_head(const LinearLogprobArgs& args, int64_t first, int64_t last);    \
   void linear_logprob_hidden(const LinearLogprobArgs& args, int64_t first, int64_t last);  \
+  void multi_lora(const MultiLoraArgs& args, int64_t first, int64_t last);                 \
+  void multi_lora_backward_rows(const MultiLoraArgs& args, int64_t first, int64_t last);   \
+  void multi_lora_backward_factors(const MultiLoraArgs& args, int64_t first, int64_t last);\
   }
 ESSA_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
@@ -171,7 +210,12 @@ constexpr int64_t kColumnBlock = 2048;      // an item of an expand: one pair's 
 constexpr int64_t kTileRows = 256, kTileColumns = 512;  // an item of an update: so many rows and columns of w
 constexpr int64_t kChunk = 4096;  // an item of perturb_ and es_update_: its noise stays in the L1 cache
 
+// multi_lora's
+constexpr int64_t kPartRows = 256;        // an item of the passes over rows
+constexpr int64_t kGradientColumns = 256;  // an item of the factors' gradients
+
 constexpr int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return blocks(n, to) * to; }
 
 // A 64-byte aligned buffer of this thread, valid until its next call; grows, never shrinks. A few hundred kilobytes at
 // the ranks of LoRA; svd_lora keeps its core there.

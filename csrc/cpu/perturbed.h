@@ -11,8 +11,6 @@ namespace essa {
 namespace cpu {
 namespace ESSA_ISA {
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // --- shrink: h[i, k] += sum_d x[i, d] m[k, d] ----------------------------------------------------------------------
 
 // m holds zeros or finite values up to a multiple of W.

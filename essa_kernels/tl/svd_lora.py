@@ -105,26 +105,32 @@ def mix(partial, core, s_a, s_b, row, member, rank_b, rows, splits, R_A: tl.cons
 
 
 @triton.jit
+def dot_of_float32(a, b, sums):
+    """sums + a b. a stays float32 in effect: where b is shorter, a goes through the matrix unit as a leading and a
+    trailing part."""
+    if b.dtype == tl.bfloat16:
+        leading = a.to(tl.bfloat16)
+        trailing = (a - leading.to(tl.float32)).to(tl.bfloat16)
+        return dot(leading, b, dot(trailing, b, sums))
+    elif b.dtype == tl.float16:
+        # a may exceed float16's range, while float16 fits into tf32 exactly.
+        b = b.to(tl.float32)
+        leading = (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        sums = tl.dot(a - leading, b, sums, input_precision="tf32")
+        return tl.dot(leading, b, sums, input_precision="tf32")
+    else:
+        return dot(a, b, sums)
+
+
+@triton.jit
 def expand(h, u_b, column, rank, d_out, sums, R_B: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """sums + h U_B^T over a block of r_b, for a block of columns. h stays float32 in effect: where U_B is shorter, h
-    goes through the matrix unit as a leading and a trailing part. TRANSPOSED: U_B lies in memory as [r_b, d_out]."""
+    """sums + h U_B^T over a block of r_b, for a block of columns. TRANSPOSED: U_B lies in memory as [r_b, d_out]."""
     if TRANSPOSED:
         place = u_b + rank.to(tl.int64)[:, None] * d_out + column[None, :]
     else:
         place = u_b + column.to(tl.int64)[None, :] * R_B + rank[:, None]
     u_block = tl.load(place, mask=(rank < R_B)[:, None] & (column < d_out)[None, :], other=0.0)
-    if u_block.dtype == tl.bfloat16:
-        leading = h.to(tl.bfloat16)
-        trailing = (h - leading.to(tl.float32)).to(tl.bfloat16)
-        return dot(leading, u_block, dot(trailing, u_block, sums))
-    elif u_block.dtype == tl.float16:
-        # h may exceed float16's range, while float16 fits into tf32 exactly.
-        u_block = u_block.to(tl.float32)
-        leading = (h.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-        sums = tl.dot(h - leading, u_block, sums, input_precision="tf32")
-        return tl.dot(leading, u_block, sums, input_precision="tf32")
-    else:
-        return dot(h, u_block, sums)
+    return dot_of_float32(h, u_block, sums)
 
 
 @triton.jit
