@@ -12,12 +12,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from essa_kernels import svd_lora
 from essa_kernels.nn import SVDLoRA
 
 from .compare import compare, timed
+from .mixed_batch import mixed_batch
 from .shapes import PROJECTIONS, qwen_shaped
 
 MEMBERS = 64
@@ -64,24 +64,9 @@ def test_against_four_torch_calls(benchmark, record, dtype, rows, rank=8):
     record(compare(what, lambda: run(fused), "four torch calls", lambda: run(four_calls), rounds=9 if slow else 25))
 
 
-class FreeLinear(nn.Linear):
-    """A base layer that costs nothing, so that a comparison of adapters is one."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.result.zero_()
-
-
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_against_peft_mixed_batch(benchmark, record, dtype, d=896, rank=8):
-    base = nn.Sequential(FreeLinear(d, d, bias=False, dtype=dtype))
-    base[0].result = torch.zeros(MEMBERS, d, dtype=dtype)
-    names = [f"member{m}" for m in range(MEMBERS)]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False)
-    with torch.inference_mode(False):
-        model = peft.PeftModel(base, config, adapter_name=names[0]).to(dtype)
-        for name in names[1:]:
-            model.add_adapter(name, config)
-        model = model.to(dtype).eval()
+    names, model = mixed_batch(MEMBERS, d, d, rank, dtype)
     x = torch.randn(MEMBERS, d, dtype=dtype)
     _, v_a, core, u_b = make_site(d, d, rank, dtype)
     s_a, s_b, offsets = torch.rand(MEMBERS, rank), torch.rand(MEMBERS, rank), torch.arange(MEMBERS + 1)

@@ -220,6 +220,37 @@ def linear_logprob_backward(h: Head) -> Problem:
     return Problem(h.what, make, h.bytes_of(hidden=3, weight=2), h.flops)
 
 
+class StoredAdapters(Adapter):
+    """One adapter for each member, and rows of them in any order."""
+
+    @property
+    def what(self) -> str:
+        return f"{MEMBERS} adapters, {super().what}"
+
+    def operands(self, device: str) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        a = torch.randn(MEMBERS, self.rank, self.d_in, device=device, dtype=DTYPE) / self.d_in**0.5
+        b = torch.randn(MEMBERS, self.d_out, self.rank, device=device, dtype=DTYPE) / self.rank**0.5
+        return self.x(device), [a], [b], torch.randint(0, MEMBERS, (self.rows,), device=device)
+
+
+def multi_lora(a: StoredAdapters) -> Problem:
+    def make(device: str) -> Call:
+        (x, (stacked_a,), (stacked_b,), ids), y = a.operands(device), a.y(device)
+        return lambda backend: essa_kernels.multi_lora(x, stacked_a, stacked_b, ids, y=y, backend=backend)
+
+    return Problem(a.what, make, a.bytes_of(x=1, y=2, v_a=MEMBERS, u_b=MEMBERS), a.flops(a.d_in, a.d_out))
+
+
+def multi_lora_backward(a: StoredAdapters) -> Problem:
+    def make(device: str) -> Call:
+        operands, d_y = a.operands(device), a.y(device)
+        rest = (*operands, None, 1.0, [True, True, True])
+        return lambda backend: torch.ops.essa.multi_lora_backward(d_y, *rest, backend)
+
+    moved = a.bytes_of(x=2, y=1, v_a=2 * MEMBERS, u_b=2 * MEMBERS)
+    return Problem(a.what, make, moved, a.flops(3 * a.d_in, 2 * a.d_out))
+
+
 def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     """op -> its problems, for every op there is; widths and counts divided by ``shrink``."""
     width = 4096 // shrink
@@ -228,6 +259,7 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     few, many = (Adapter(rows, width, width, rank=8) for rows in (64, 512))
     rank_one = [Adapter(rows, width, width, rank=1) for rows in (64, 512)]
     heads = [Head(rows, width, 2**17 // shrink) for rows in (512, 2048)]
+    stored = [StoredAdapters(adapter.rows, width, width, 16) for adapter in adapters]
     return {
         "gaussian": [fill(essa_kernels.gaussian, count)],
         "rademacher": [fill(essa_kernels.rademacher, count)],
@@ -241,6 +273,8 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
         "linear_logprob": [linear_logprob(head) for head in heads],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
+        "multi_lora": [multi_lora(adapters) for adapters in stored],
+        "multi_lora_backward": [multi_lora_backward(adapters) for adapters in stored],
     }
 
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from .. import dispatch
 from .registration import (
     LIBRARY,
+    as_tensors,
     check_are_tensors,
     check_contiguous,
     check_floating,
@@ -67,7 +68,7 @@ def multi_lora(
     Source: LoRA, Hu et al., arXiv 2106.09685; many adapters in one batch as in Punica, arXiv 2310.18547.
     """
     check_are_tensors(OP, x=x, adapter_ids=adapter_ids)
-    a, b = _as_list("a", a), _as_list("b", b)
+    a, b = as_tensors(OP, "a", a), as_tensors(OP, "b", b)
     scalings, scaling = _as_scaling(scaling, x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b, *(() if y is None else (y,)))):
         delta = _op(x, a, b, adapter_ids, scalings, scaling, backend)
@@ -76,18 +77,6 @@ def multi_lora(
         y = x.new_zeros(*x.shape[:-1], _d_out(b))
     _inplace_op(y, x, a, b, adapter_ids, scalings, scaling, backend)
     return y
-
-
-def _as_list(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """A stack of adapters as a list of one, or the list of them."""
-    if isinstance(given, Tensor):
-        return [given]
-    tensors = list(given) if isinstance(given, Sequence) else [given]
-    if wrong := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
-        raise TypeError(f"{OP}: {name} must be a tensor or a sequence of tensors, got {type(wrong[0]).__name__}")
-    if not tensors:
-        raise ValueError(f"{OP}: {name} must hold at least one adapter, got none")
-    return tensors
 
 
 def _as_scaling(scaling: float | Sequence[float] | Tensor, x: Tensor) -> tuple[Tensor | None, float]:

@@ -121,7 +121,7 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
 
 
 def as_tensors(op: str, name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that an op with a list updates in place; a tensor is a list of one."""
+    """The tensors that an op with a list takes; a tensor is a list of one."""
     if isinstance(given, Tensor):
         return [given]
     tensors = list(given) if isinstance(given, Sequence) else [given]

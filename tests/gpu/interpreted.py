@@ -13,10 +13,11 @@ from essa_kernels.reference import es_update as reference_update
 from essa_kernels.reference import linear_logprob as reference_logprob
 from essa_kernels.reference import lora_perturbed as reference_lora
 from essa_kernels.reference import lowrank as reference_lowrank
+from essa_kernels.reference import multi_lora as reference_multi_lora
 from essa_kernels.reference import noise as reference
-from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
 
-from .problems import DTYPES, SHAPES, assert_h, assert_y, problem
+from .problems import DTYPES, FLOAT32_ERROR, SHAPES, assert_h, assert_y, problem
 
 NEVER, ALWAYS = 10**9, 0
 PATHS = {
@@ -187,3 +188,47 @@ def test_linear_logprob(configure, seed, words, dtype, softcap):
     for got, expected in zip(*results, strict=True):
         error = (got.float() - expected.float()).abs().max()
         assert error <= {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] * expected.abs().max()
+
+
+# ids, ranks, d_in, d_out
+STORED = {
+    "mixed": ([2, 0, -1, 2, 5, 0, 0, 2, -1, 5] * 7, [4, 1, 16, 7, 2, 33], 129, 257),
+    "stacked": ([3, 0, 1, 1, 3, 3, 2, 0] * 9, [8] * 4, 256, 128),
+    "none": ([-1] * 5, [8], 40, 66),
+}
+
+
+def results(backend, y, d_y, x, a, b, *rest):
+    """What multi_lora adds to y, then the gradients: y, d_x, *d_a, *d_b."""
+    y, d_x = y.clone(), torch.zeros(x.shape, dtype=x.dtype)
+    d_a, d_b = ([torch.full_like(t, torch.nan) for t in ts] for ts in (a, b))
+    backend.multi_lora_(y, x, a, b, *rest)
+    backend.multi_lora_backward(d_x, d_a, d_b, d_y, x, a, b, *rest)
+    return [y, d_x, *d_a, *d_b]
+
+
+@pytest.mark.parametrize("factors", ["same", "float32"])
+@pytest.mark.parametrize("case", STORED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multi_lora(seed, dtype, case, factors):
+    ids, ranks, d_in, d_out = STORED[case]
+    of_factors = dtype if factors == "same" else torch.float32
+    x, d_y = torch.randn(len(ids), d_in + 8).to(dtype)[:, :d_in], torch.randn(len(ids), d_out).to(dtype)
+    a = [(torch.randn(r, d_in) / d_in**0.5).to(of_factors) for r in ranks]
+    b = [(torch.randn(d_out, r) / r**0.5).to(of_factors) for r in ranks]
+    if case == "stacked":
+        a, b = [torch.stack(a)], [torch.stack(b)]
+    operands = torch.randn(len(ids), d_out).to(dtype), d_y, x, a, b
+    rest = torch.tensor(ids), torch.rand(len(ranks)) + 0.5, 1.0
+    truth, size = (
+        results(
+            reference_multi_lora,
+            *([change(t) for t in o] if isinstance(o, list) else change(o) for o in operands),
+            *rest,
+        )
+        for change in (torch.Tensor.float, lambda t: t.float().abs())
+    )
+    error = FLOAT32_ERROR + (2**-14 if dtype is torch.bfloat16 else 0)
+    for got, true, terms in zip(results(multi_lora, *operands, *rest), truth, size, strict=True):
+        rounding = torch.finfo(got.dtype).eps * true.abs() + torch.finfo(got.dtype).smallest_normal
+        assert (got.float() - true).abs().le(error * terms + rounding).all()

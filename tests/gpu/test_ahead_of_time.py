@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, noise, svd_lora
+from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -281,3 +281,37 @@ def test_linear_logprob(launches, arch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_logprob_at_other_shapes(launches, arch, dtype, d, capped):
     check_linear_logprob(launches, arch, dtype, d, capped=capped)
+
+
+def check_multi_lora(launches: list[Launch], arch: str, dtype: torch.dtype, ranks: list[int], size: int = 4096) -> None:
+    """Every kernel of both passes, each for both factors."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, d_x = empty(64, size), empty(64, size)
+    factors = [empty(rank, size) for rank in ranks], [empty(size, rank) for rank in ranks]
+    rest = empty(64, dtype=torch.int64), None, 2.0
+    multi_lora.multi_lora_(d_x, x, *factors, *rest)
+    multi_lora.multi_lora_backward(d_x, *factors, d_x, x, *factors, *rest)
+    assert len(launches) == 7
+    for launch in launches[:2] + launches[3:]:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256)
+        if arch.startswith("sm") and size % 16 == 0 and dtype is not torch.float32:
+            assert re.search("mma", kernel.asm["ptx"]), "no matrix unit"
+            if all(rank % 8 == 0 for rank in ranks):
+                assert not re.search(r"ld\.global\.[bu](8|16)\b", kernel.asm["ptx"]), "narrow loads"
+
+
+@pytest.mark.parametrize(("dtype", "ranks"), [(torch.bfloat16, [8, 16]), (torch.float32, [16])])
+def test_multi_lora(launches, arch, dtype, ranks):
+    check_multi_lora(launches, arch, dtype, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4096, 1134])
+@pytest.mark.parametrize("ranks", [[32, 64], [256], [5, 3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_multi_lora_at_other_shapes(launches, arch, dtype, ranks, size):
+    check_multi_lora(launches, arch, dtype, ranks, size)

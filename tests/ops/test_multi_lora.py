@@ -387,7 +387,7 @@ BAD_OPERANDS = [
     ("x", torch.zeros(4, 9).double(), "x must have dtype float32, bfloat16 or float16, got torch.float64"),
     ("x", torch.zeros(4, 8), r"x must have shape \[..., d_in\] = \[4, 9\], got \[4, 8\]"),
     ("x", torch.zeros(()), "x must have at least one dimension, got none"),
-    ("a", [], "a must hold at least one adapter, got none"),
+    ("a", [], "a must be a tensor or a sequence of at least one, got none"),
     ("a", [torch.zeros(2, 9)], "b must hold as many adapters as a, 1, got 2"),
     (
         "a",
