@@ -174,6 +174,17 @@ def lowrank_update(d_out: int, d_in: int, members: int, distribution: str) -> Pr
     return Problem(what, make, 2 * 2 * d_out * d_in, 2 * pairs * d_out * d_in, pairs * (d_out + d_in))
 
 
+def svd_lora_linear(a: Adapter) -> Problem:
+    def make(device: str) -> Call:
+        weight = torch.randn(a.d_out, a.d_in, device=device, dtype=DTYPE) / a.d_in**0.5
+        operands = (a.x(device), weight, *a.factors(device), *a.values(device), a.offsets(device))
+        return lambda backend: essa_kernels.svd_lora_linear(*operands, backend=backend)
+
+    moved = a.bytes_of(x=1, y=1, v_a=1, u_b=1) + 2 * a.d_in * a.d_out
+    base = 2 * a.rows * a.d_in * a.d_out
+    return Problem(a.what, make, moved, base + a.flops(a.d_in, a.rank, a.d_out))
+
+
 @dataclass(frozen=True)
 class Head:
     """An LM head and rows of hidden states, all of whose labels count."""
@@ -273,6 +284,7 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
         "linear_logprob": [linear_logprob(head) for head in heads],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
+        "svd_lora_linear": [svd_lora_linear(adapter) for adapter in adapters],
         "multi_lora": [multi_lora(adapters) for adapters in stored],
         "multi_lora_backward": [multi_lora_backward(adapters) for adapters in stored],
     }

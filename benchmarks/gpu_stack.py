@@ -67,9 +67,17 @@ def with_shared_shrink(group: Group, x: Tensor, offsets: Tensor) -> list[Tensor]
     return outputs
 
 
+def with_svd_lora_linear(group: Group, x: Tensor, offsets: Tensor) -> list[Tensor]:
+    return [
+        essa_kernels.svd_lora_linear(x, p.weight, p.v_a, p.core, p.u_b, s_a, s_b, offsets)
+        for p, (s_a, s_b) in zip(group.projections, group.values, strict=True)
+    ]
+
+
 METHODS: dict[str, Method] = {
     "svd_lora after each layer": with_svd_lora,
     "svd_lora_shrink once for q, k, v and for gate, up": with_shared_shrink,
+    "svd_lora_linear in place of each layer": with_svd_lora_linear,
 }
 
 

@@ -23,6 +23,7 @@ OPS = {
     "svd_lora": ("svd_lora", "svd_lora_"),
     "svd_lora_shrink": ("svd_lora", "svd_lora_shrink"),
     "svd_lora_expand_": ("svd_lora", "svd_lora_expand_"),
+    "svd_lora_linear": ("svd_lora", "svd_lora_linear"),
     "perturb_": ("es_update", "perturb_"),
     "es_update_": ("es_update", "es_update_"),
     "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
@@ -43,6 +44,7 @@ WITHOUT_CUDA = frozenset(
         "linear_logprob_backward",
         "multi_lora",
         "multi_lora_backward",
+        "svd_lora_linear",
     }
 )
 

@@ -117,6 +117,41 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor, *, backend: str | None =
     return y
 
 
+def svd_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    v_a: Tensor,
+    core: Tensor,
+    u_b: Tensor,
+    s_a: Tensor,
+    s_b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and its `svd_lora`: ``x weight^T + bias`` plus the delta of every row's member.
+
+    On a GPU one Triton kernel computes base and delta: a tile of the result walks along all of x anyway, so for few rows
+    it takes x v_a^T with it and ends with core, singular values and u_b; for many rows a shrink comes first, and the
+    tile ends with u_b. The result is rounded once. On the CPU it is `torch.nn.functional.linear` followed by `svd_lora`,
+    and rounded by each. No backward.
+
+    Args:
+        x, v_a, core, u_b, s_a, s_b, offsets: as in `svd_lora`.
+        weight: [d_out, d_in], x's dtype, contiguous.
+        bias: [d_out], x's dtype, contiguous.
+        backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
+
+    Returns:
+        [..., d_out], x's dtype.
+
+    Raises:
+        ValueError, RuntimeError: as `svd_lora`.
+    """
+    return _linear_op(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend)
+
+
 def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
     check_floating(op, "x", x)
@@ -136,9 +171,16 @@ def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_
 
 
 def _check_svd_lora(
-    y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
+    y: Tensor,
+    x: Tensor,
+    v_a: Tensor,
+    core: Tensor,
+    u_b: Tensor,
+    s_a: Tensor,
+    s_b: Tensor,
+    offsets: Tensor,
+    op: str = "svd_lora",
 ) -> None:
-    op = "svd_lora"
     _check_shrink(op, x, v_a, core, s_a, s_b, offsets)
     check_no_grad(op, u_b=u_b, y=y)
     d_out, _ = check_matrix(op, "u_b", u_b, "d_out, r_b")
@@ -204,6 +246,34 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
     _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets)
 
 
+def _check_linear(y, x, weight, v_a, core, u_b, s_a, s_b, offsets, bias) -> None:
+    op = "svd_lora_linear"
+    check_no_grad(op, weight=weight, **({} if bias is None else {"bias": bias}))
+    _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets, op)
+    d_out, d_in = y.shape[-1], x.shape[-1]
+    check_tensors(op, x.device, ("weight", weight, x.dtype, "d_out, d_in", (d_out, d_in)))
+    check_contiguous(op, weight=weight)
+    if bias is not None:
+        check_tensors(op, x.device, ("bias", bias, x.dtype, "d_out", (d_out,)))
+        check_contiguous(op, bias=bias)
+
+
+def _run_linear(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend=None) -> Tensor:
+    implementation = dispatch.resolve("svd_lora_linear", x.device, backend)
+    y = _fake_linear(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias)
+    rows = rows_of_x(x)
+    check_offsets("svd_lora_linear", offsets, rows.shape[0])
+    if rows.shape[0]:
+        implementation(y.view(rows.shape[0], -1), rows, weight, bias, v_a, core, u_b, s_a, s_b, offsets)
+    return y
+
+
+def _fake_linear(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend=None) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], check_matrix("svd_lora_linear", "u_b", u_b, "d_out, r_b")[0])
+    _check_linear(y, x, weight, v_a, core, u_b, s_a, s_b, offsets, bias)
+    return y
+
+
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
     h = x.new_empty(x.shape[:-1].numel(), *s_b.shape[-1:], dtype=torch.float32)
     done = direct("svd_lora_shrink", backend, h, x, v_a, core, s_a, s_b, offsets)
@@ -246,4 +316,10 @@ _svd_lora_inplace_op = register(f"svd_lora_(Tensor(a!) y, {_ARGUMENTS}) -> ()", 
 _shrink_op = register(f"svd_lora_shrink({_SHRINK_ARGUMENTS}) -> Tensor", _run_shrink, _fake_shrink)
 _expand_op = register(
     "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand, _check_expand
+)
+_linear_op = register(
+    "svd_lora_linear(Tensor x, Tensor weight, Tensor v_a, Tensor core, Tensor u_b, Tensor s_a, Tensor s_b, "
+    "Tensor offsets, Tensor? bias, str? backend=None) -> Tensor",
+    _run_linear,
+    _fake_linear,
 )

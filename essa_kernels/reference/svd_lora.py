@@ -35,3 +35,23 @@ def svd_lora_(
     h = x.new_empty(x.shape[0], core.shape[0], dtype=torch.float32)
     svd_lora_shrink(h, x, v_a, core, s_a, s_b, offsets)
     svd_lora_expand_(y, h, u_b)
+
+
+def svd_lora_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v_a: Tensor,
+    core: Tensor,
+    u_b: Tensor,
+    s_a: Tensor,
+    s_b: Tensor,
+    offsets: Tensor,
+) -> None:
+    """y = x weight^T + bias + u_b (s_b[m] * (core (s_a[m] * (v_a x)))), row by row."""
+    sums = product(x, weight.T)
+    if bias is not None:
+        sums += bias.float()
+    svd_lora_(sums, x, v_a, core, u_b, s_a, s_b, offsets)
+    y.copy_(sums)

@@ -300,6 +300,78 @@ def fused_kernel(
         add_to(y, delta, row, column, rows, d_out, y_stride)
 
 
+@triton.jit(do_not_specialize=["rows", "members", "top_stride"])
+def linear_kernel(
+    y,
+    x,
+    weight,
+    bias,
+    h,
+    v_a,
+    core,
+    u_b,
+    s_a,
+    s_b,
+    offsets,
+    rows,
+    members,
+    top_stride,
+    d_in,
+    d_out,
+    x_stride,
+    R_A: tl.constexpr,
+    R_B: tl.constexpr,
+    SHRINKS: tl.constexpr,
+    BIASED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y = x W^T + bias + h U_B^T. SHRINKS: h is made beside x W^T, else given. Grid: row blocks, column blocks."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rank_a = tl.arange(0, RANK_A)
+    x_rows = x + row.to(tl.int64)[:, None] * x_stride
+    w_rows = weight + column.to(tl.int64)[None, :] * d_in
+    v_rows = v_a + rank_a.to(tl.int64)[None, :] * d_in
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    shrunk = tl.zeros((ROWS, RANK_A), tl.float32)
+    for first in range(0, d_in, INNER):
+        inner = first + tl.arange(0, INNER)
+        inside = inner < d_in
+        x_block = tl.load(x_rows + inner[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        w_block = tl.load(w_rows + inner[:, None], mask=inside[:, None] & (column < d_out)[None, :], other=0.0)
+        sums = dot(x_block, w_block, sums)
+        if SHRINKS:
+            v_block = tl.load(v_rows + inner[:, None], mask=inside[:, None] & (rank_a < R_A)[None, :], other=0.0)
+            shrunk = dot(x_block, v_block, shrunk)
+    if BIASED:
+        sums += tl.load(bias + column, mask=column < d_out, other=0.0).to(tl.float32)[None, :]
+    if SHRINKS:
+        rank_b = tl.arange(0, RANK_B)
+        member = owners(offsets, row, members, top_stride, WIDTH)
+        scaled = scale_ranks(shrunk, s_a, member, rank_a, R_A)
+        mixed = tl.zeros((ROWS, RANK_B), tl.float32)
+        mixed = apply_core(scaled, core, rank_a, rank_b, mixed, R_A, R_B)
+        mixed = scale_ranks(mixed, s_b, member, rank_b, R_B)
+        sums = expand(mixed, u_b, column, rank_b, d_out, sums, R_B, TRANSPOSED)
+    else:
+        for first in range(0, R_B, RANK_B):
+            rank = first + tl.arange(0, RANK_B)
+            h_block = tl.load(
+                h + row.to(tl.int64)[:, None] * R_B + rank[None, :],
+                mask=(row < rows)[:, None] & (rank < R_B)[None, :],
+                other=0.0,
+            )
+            sums = expand(h_block, u_b, column, rank, d_out, sums, R_B, TRANSPOSED)
+    place = y + row.to(tl.int64)[:, None] * d_out + column[None, :]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < d_out)[None, :])
+
+
 def svd_lora_(
     y: Tensor, x: Tensor, v_a: Tensor, core: Tensor, u_b: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor
 ) -> None:
@@ -367,6 +439,64 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
             RANK_B=_rank_block(y, "expand", r_b),
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
+        )
+
+
+def svd_lora_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v_a: Tensor,
+    core: Tensor,
+    u_b: Tensor,
+    s_a: Tensor,
+    s_b: Tensor,
+    offsets: Tensor,
+) -> None:
+    """y = x weight^T + bias + u_b (s_b[m] * (core (s_a[m] * (v_a x)))), row by row."""
+    (rows, d_in), (d_out, r_b), (members, r_a) = x.shape, u_b.shape, s_a.shape
+    few = config(x, "linear_decode")
+    shrinks = rows <= few["max_rows"] and max(r_a, r_b) <= few["max_ranks_bytes"] // x.element_size()
+    shape = few if rows <= few["max_rows"] else config(x, "linear")
+    h = None
+    if not shrinks:
+        h = x.new_empty(rows, r_b, dtype=torch.float32)
+        svd_lora_shrink(h, x, v_a, core, s_a, s_b, offsets)
+    columns = shape["block_columns_bytes"] // x.element_size()
+    with on_device(x):
+        linear_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, columns))](
+            y,
+            x,
+            weight,
+            bias,
+            h,
+            v_a,
+            core,
+            u_b,
+            s_a,
+            s_b,
+            offsets,
+            rows,
+            members,
+            _top_stride(members),
+            d_in,
+            d_out,
+            x.stride(0),
+            R_A=r_a,
+            R_B=r_b,
+            SHRINKS=shrinks,
+            BIASED=bias is not None,
+            TRANSPOSED=not u_b.is_contiguous(),
+            ROWS=shape["block_rows"],
+            INNER=shape["block_inner_bytes"] // x.element_size(),
+            COLUMNS=columns,
+            RANK_A=_padded(r_a),
+            RANK_B=_padded(r_b) if shrinks else _rank_block(x, "expand", r_b),
+            WIDTH=SEARCH_WIDTH,
+            num_warps=shape["num_warps"],
+            enable_fp_fusion=True,
+            num_stages=shape["num_stages"],
         )
 
 

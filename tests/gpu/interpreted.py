@@ -96,6 +96,22 @@ def test_svd_lora(configure, seed, path, shape, dtype):
     assert_y(p.y, p._replace(y=y), **truncation)
 
 
+@pytest.mark.parametrize("max_rows", [NEVER, ALWAYS], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("shape", ["ragged", "odd", "wide ranks", "one row each"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_lora_linear(configure, seed, max_rows, shape, dtype):
+    configure({"linear_decode": {"max_rows": max_rows}})
+    p = problem(shape, dtype, transposed=shape == "odd")
+    weight = (torch.randn(p.y.shape[1], p.x.shape[1]) / p.x.shape[1] ** 0.5).to(dtype)
+    bias = None if shape == "odd" else torch.randn(p.y.shape[1]).to(dtype)
+    y = torch.full((len(p.x) + 1, p.y.shape[1]), float("nan"), dtype=dtype)
+    svd_lora.svd_lora_linear(y[:-1], p.x, weight, bias, *p[2:])
+    assert y[-1].isnan().all(), "wrote past the end"
+    base = p.x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    truncation = {"units": 1.0, "h_error": 2**-14} if dtype is torch.bfloat16 else {}
+    assert_y(y[:-1], p._replace(y=base), **truncation)
+
+
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink_sums_its_splits(configure, seed, splits, dtype):

@@ -58,7 +58,7 @@ def compiled(launch: Launch, arch: str) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             aligned = value.data_ptr() % 16 == 0
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             aligned = False
@@ -74,7 +74,7 @@ def compiled(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=TARGETS[arch], options=launch.options)
 
 
-def assert_fits(kernel: Any, arch: str, most_registers: int) -> None:
+def assert_fits(kernel: Any, arch: str, most_registers: int, most_shared: int = 64 << 10) -> None:
     """No spills, and registers within bounds."""
     if arch.startswith("gfx"):
         assembly = kernel.asm["amdgcn"]
@@ -93,7 +93,7 @@ def assert_fits(kernel: Any, arch: str, most_registers: int) -> None:
         registers = int(re.search(r"Used (\d+) registers", report.stderr)[1])
     print(f"{kernel.metadata.name} {arch}: {registers} registers, {kernel.metadata.shared} bytes shared")
     assert registers <= most_registers
-    assert kernel.metadata.shared <= 64 << 10
+    assert kernel.metadata.shared <= most_shared
 
 
 @pytest.fixture(params=TARGETS)
@@ -281,6 +281,36 @@ def test_linear_logprob(launches, arch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_logprob_at_other_shapes(launches, arch, dtype, d, capped):
     check_linear_logprob(launches, arch, dtype, d, capped=capped)
+
+
+def check_svd_lora_linear(launches: list[Launch], arch: str, dtype: torch.dtype, rank: int, size: int = 4096) -> None:
+    """The kernel for few rows and the one for many."""
+    for rows in (64, 512):
+        y, x, v_a, *rest = operands(rows, rank, dtype, size)
+        weight = torch.empty(size, size, dtype=dtype, device="meta")
+        svd_lora.svd_lora_linear(y, x, weight, weight[0], v_a, *rest)
+    for launch in launches:
+        if launch.kernel is not svd_lora.linear_kernel:
+            continue
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256, most_shared=160 << 10)
+        if arch.startswith("sm") and size % 16 == 0 and rank % 8 == 0:
+            ptx = kernel.asm["ptx"]
+            assert not re.search(r"ld\.global\.[bu](8|16)\b", ptx), "narrow loads"
+            assert dtype is torch.float32 or re.search("mma", ptx), "no matrix unit"
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 16)])
+def test_svd_lora_linear(launches, arch, dtype, rank):
+    check_svd_lora_linear(launches, arch, dtype, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4096, 1134])
+@pytest.mark.parametrize("rank", [8, 32, 64, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_svd_lora_linear_at_other_shapes(launches, arch, dtype, rank, size):
+    check_svd_lora_linear(launches, arch, dtype, rank, size)
 
 
 def check_multi_lora(launches: list[Launch], arch: str, dtype: torch.dtype, ranks: list[int], size: int = 4096) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ from torch.testing import assert_close
 
 from essa_kernels import dispatch, multi_lora
 
-from .oracle import DTYPES, assert_no_worse_than_torch
+from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
 
 # ids of the rows, ranks of the adapters, d_in, d_out
 CASES = {
@@ -321,26 +319,16 @@ def test_threads_change_nothing(dtype, seed, native):
     operands = random_operands([*range(50), *[3] * 300, *[7] * 77], [8] * 50, 300, 200, dtype)
     d_y = torch.randn(427, 200).to(dtype)
 
-    def results() -> list[Tensor]:
-        return [multi_lora(*operands, backend="cpu"), *gradients(operands, d_y, partial(_sum_of, "cpu"))]
+    def results() -> Tensor:
+        every = [multi_lora(*operands, backend="cpu"), *gradients(operands, d_y, partial(_sum_of, "cpu"))]
+        return torch.cat([tensor.flatten() for tensor in every])
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = results()
-        for count in (2, 3, 7):
-            torch.set_num_threads(count)
-            assert all(torch.equal(mine, other) for mine, other in zip(results(), expected, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_threads_change_nothing(results)
 
 
 def test_every_instruction_set(isa_environment):
     """The tests of values, in a process that is held to one instruction set."""
-    chosen = "any_sizes or (cpu-cpu and (gradients or float32_adapters))"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    child = subprocess.run(command, env=isa_environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_tests("any_sizes or (cpu-cpu and (gradients or float32_adapters))", isa_environment, __file__)
 
 
 # Registration

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_shrink
+from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
 
 from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
 
@@ -171,6 +172,103 @@ def test_a_row_depends_on_its_own_group_only(backend, dtype, seed):
     assert_close(got[30:60], svd_lora(*operands, backend=name)[30:60], rtol=0, atol=0)
     assert got[:30].isnan().all()
     assert got[60:].isnan().all()
+
+
+# With its base layer
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(backend, dtype, sizes, biased, seed):
+    name, device = backend
+    if reason := dispatch.unavailable(name, device, "svd_lora_linear"):
+        pytest.skip(reason)
+    operands = random_operands(*sizes, dtype, device)
+    weight = (torch.randn(sizes[2], sizes[1]) / sizes[1] ** 0.5).to(device, dtype)
+    bias = torch.randn(sizes[2]).to(device, dtype) if biased else None
+    got = svd_lora_linear(operands.x, weight, *operands[1:], bias, backend=name)
+
+    def whole(precision: torch.dtype) -> Tensor:
+        base = F.linear(operands.x.to(precision), weight.to(precision), bias.to(precision) if biased else None)
+        return with_torch(operands, base, precision)
+
+    assert_no_worse_than_torch(got, whole(dtype), whole(torch.float64))
+
+
+def test_linear_of_any_layout(backend, seed):
+    name, device = backend
+    if reason := dispatch.unavailable(name, device, "svd_lora_linear"):
+        pytest.skip(reason)
+    operands = random_operands([4, 8], 65, 33, 8, 8, device=device)
+    weight = torch.randn(33, 65, device=device)
+    expected = svd_lora_linear(operands.x, weight, *operands[1:], backend=name)
+    frame = torch.full((12, 100), torch.nan, device=device)
+    frame[:, 3:68] = operands.x
+    assert_close(svd_lora_linear(frame[:, 3:68], weight, *operands[1:], backend=name), expected)
+    folded = svd_lora_linear(operands.x.view(3, 4, 65), weight, *operands[1:], backend=name)
+    assert_close(folded, expected.view(3, 4, 33))
+    empty = random_operands([], 65, 33, 8, 8, device=device)
+    assert svd_lora_linear(empty.x, weight, *empty[1:], backend=name).shape == (0, 33)
+
+
+def test_linear_is_registered(seed):
+    operands, weight, bias = random_operands([2, 0, 3], 9, 7, 4, 3), torch.randn(7, 9), torch.randn(7)
+    arguments = (operands.x, weight, *operands[1:], bias)
+    torch.library.opcheck(torch.ops.essa.svd_lora_linear.default, arguments)
+    compiled = torch.compile(svd_lora_linear, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*arguments), svd_lora_linear(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", torch.zeros(7, 8), r"weight must have shape \[d_out, d_in\] = \[7, 9\], got \[7, 8\]"),
+        ("weight", torch.zeros(7, 9).half(), "weight must have dtype torch.float32, got torch.float16"),
+        ("weight", torch.zeros(9, 7).T, r"weight must be contiguous, got strides \[1, 7\]"),
+        ("bias", torch.zeros(6), r"bias must have shape \[d_out\] = \[7\], got \[6\]"),
+        ("bias", torch.zeros(14)[::2], r"bias must be contiguous, got strides \[2\]"),
+        ("x", torch.zeros(5, 8), r"x must have shape \[..., d_in\] = \[5, 9\], got \[5, 8\]"),
+        (
+            "offsets",
+            torch.tensor([0, 2, 4]),
+            "offsets must start with 0 and end with the number of rows, 5, got 0 and 4",
+        ),
+    ],
+)
+def test_bad_operands_of_linear_are_refused(name, value, message, seed):
+    operands = random_operands([2, 3], 9, 7, 4, 3)._asdict() | {"weight": torch.randn(7, 9), "bias": torch.randn(7)}
+    with pytest.raises(ValueError, match=f"^svd_lora_linear: {message}"):
+        svd_lora_linear(**(operands | {name: value}))
+    operands["weight"].requires_grad_()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="svd_lora_linear: weight requires grad"):
+        svd_lora_linear(**operands)
+
+
+# In somebody else's module
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer whose rows belong to the members of a population."""
+
+    def __init__(self, linear: nn.Linear, operands: Operands) -> None:
+        super().__init__()
+        self.linear = linear
+        for name, operand in operands._asdict().items():
+            if name != "x":
+                self.register_buffer(name, operand)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return svd_lora(x, self.v_a, self.core, self.u_b, self.s_a, self.s_b, self.offsets, y)
+
+
+def test_in_a_module(seed):
+    operands = random_operands([2, 0, 3], 9, 7, 4, 3)
+    model = nn.Sequential(AdaptedLinear(nn.Linear(9, 7), operands), nn.ReLU())
+    expected = with_torch(operands, model[0].linear(operands.x), torch.float32).relu()
+    assert_close(model(operands.x), expected)
+    assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(operands.x), expected)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="svd_lora: y requires grad"):
+        model(operands.x)
 
 
 # Layouts
