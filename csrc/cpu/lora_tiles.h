@@ -177,18 +177,34 @@ struct Factor {
   int64_t columns, ranks, column_stride, rank_stride;
 };
 
-// W columns of a factor, rank-contiguous and without gaps, as `ranks` vectors.
+// W columns of a factor, rank-contiguous and without gaps, as `ranks` vectors. bfloat16 goes through the transposes as
+// pairs of ranks, where these come in eights.
 template <class P>
 ESSA_INLINE void pack_dense(const typename P::Element* f, int64_t ranks, float* packed) {
   constexpr int64_t kRanks = 64;
-  alignas(64) float columns[W * kRanks];
-  for (int64_t n = 0; n < ranks * W; n += W) store(columns + n, P::get(f + n));
-  for (int64_t k = 0; k + 4 <= ranks; k += 4) {
+  alignas(64) float widened[W * kRanks];
+  const auto transposed = [&](const float* columns, int64_t k, int64_t stride, auto put) {
     vf m[4];
-    for (int q = 0; q < 4; ++q) m[q] = load_lanes(columns + q * ranks + k, 4 * ranks);
+    for (int q = 0; q < 4; ++q) m[q] = load_lanes(columns + q * stride + k, 4 * stride);
     transpose_lanes(m);
-    for (int q = 0; q < 4; ++q) store(packed + (k + q) * kExpandColumns, m[q]);
+    for (int q = 0; q < 4; ++q) put(q, m[q]);
+  };
+  if (std::is_same<P, BFloat16>::value && ranks % 8 == 0) {
+    for (int64_t k = 0; k < ranks; k += 8)
+      transposed((const float*)f, k / 2, ranks / 2, [&](int q, vf pairs) {
+        float* pair = packed + (k + 2 * q) * kExpandColumns;
+        store(pair, as_float(shl<16>(as_int(pairs))));
+        store(pair + kExpandColumns, as_float(andi(as_int(pairs), seti(0xffff0000u))));
+      });
+    return;
   }
+  const float* columns = (const float*)f;
+  if (!std::is_same<P, Float32>::value) {
+    for (int64_t n = 0; n < ranks * W; n += W) store(widened + n, P::get(f + n));
+    columns = widened;
+  }
+  for (int64_t k = 0; k < ranks; k += 4)
+    transposed(columns, k, ranks, [&](int q, vf values) { store(packed + (k + q) * kExpandColumns, values); });
 }
 
 // packed [ranks, kExpandColumns]: column j and the next of the factor; beyond `columns` zero

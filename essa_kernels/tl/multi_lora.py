@@ -212,7 +212,8 @@ class Batch(NamedTuple):
 
 
 def _batch(x: Tensor, a: Sequence[Tensor], ids: Tensor, scalings: Tensor | None, scaling: float) -> Batch:
-    owners, order = ids.repeat_interleave(x.shape[0] // ids.shape[0]).sort(stable=True)
+    each = ids[:, None].expand(-1, x.shape[0] // ids.shape[0])  # repeat_interleave would wait for the device
+    owners, order = each.reshape(-1).sort(stable=True)
     ranks = (a[0].shape[1],) * a[0].shape[0] if a[0].dim() == 3 else tuple(tensor.shape[0] for tensor in a)
     starts, multiple = _starts(ranks, x.device), math.gcd(LEAST_RANKS.value, *ranks)
     if scalings is None:

@@ -13,10 +13,12 @@ from essa_kernels import (
     lora_perturbed,
     lowrank_perturbed,
     lowrank_update_,
+    multi_lora,
     perturb_,
     rademacher,
     svd_lora,
     svd_lora_expand_,
+    svd_lora_linear,
     svd_lora_shrink,
 )
 
@@ -195,6 +197,28 @@ def test_linear_logprob_repeats_exactly_in_a_graph(seed, dtype):
     for got, again, expected in zip(first, replayed, step("reference"), strict=True):
         assert torch.equal(got, again)
         assert (got.float() - expected.float()).norm() <= 2 * torch.finfo(dtype).eps * expected.float().norm() + 1e-5
+
+
+def test_stored_adapters_and_fused_layers_run_in_a_graph(seed):
+    p = problem("aligned", torch.bfloat16, device="cuda")
+    weight = torch.randn(128, 256, device="cuda").bfloat16() / 16
+    a, b = torch.randn(3, 8, 256, device="cuda").bfloat16() / 16, torch.randn(3, 128, 8, device="cuda").bfloat16()
+    ids = torch.randint(-1, 3, (32,), device="cuda")
+
+    def step() -> torch.Tensor:
+        y = svd_lora_linear(p.x, weight, *p[2:], backend="triton")
+        return multi_lora(p.x, a, b, ids, y=y, backend="triton")
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    graph.replay()
+    assert torch.equal(y, expected)
+    ids.fill_(-1)
+    graph.replay()
+    base = p.x.double() @ weight.double().T
+    assert_y(y, p._replace(y=base), h_error=H_ERROR)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
