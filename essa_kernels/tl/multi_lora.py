@@ -132,6 +132,7 @@ def expand_rows_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     """y += scaling partial factor^T, with every row's own factor. Grid: row blocks, column blocks."""
@@ -140,7 +141,7 @@ def expand_rows_kernel(
     row, owner = owned_rows(order, owners, position, rows, adapters)
     scale = tl.load(scalings + owner, mask=owner < adapters, other=0.0)[:, None]
     delta = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, most_ranks, RANKS):
+    for first in range(0, BLOCKS * RANKS, RANKS):
         rank = first + tl.arange(0, RANKS)
         h = scaled_ranks(partial, scale, position, position < rows, rank, rows, splits, most_ranks)
         k = least_above(owner, -1, adapters)
@@ -315,6 +316,7 @@ def _expand(y: Tensor, partial: Tensor, factor: Tensor, batch: Batch, *, wide: b
     rows, d = y.shape
     shape = config(y, "expand")
     columns = shape["block_columns_bytes"] // factor.element_size()
+    ranks = _rank_block(factor, "expand", batch.most_ranks)
     with on_device(y):
         expand_rows_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d, columns))](
             y,
@@ -334,7 +336,8 @@ def _expand(y: Tensor, partial: Tensor, factor: Tensor, batch: Batch, *, wide: b
             WIDE=wide,
             ROWS=shape["block_rows"],
             COLUMNS=columns,
-            RANKS=_rank_block(factor, "expand", batch.most_ranks),
+            BLOCKS=triton.cdiv(batch.most_ranks, ranks),
+            RANKS=ranks,
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
         )
