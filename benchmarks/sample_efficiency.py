@@ -58,12 +58,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run(method: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One method from one warm start: its validation curve and its accuracy on test."""
+def run(method: str, seed: int, folder: Path, search: dict[str, Any]) -> dict[str, Any]:
+    """One method, these settings, from one warm start: its validation curve and its accuracy on test."""
     warm_start = folder / "warm_start"
     make_warm_start(warm_start, seed)
     settings = ESSAConfig(
-        output_dir=str(folder / "run"), seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=False, **METHODS[method]
+        output_dir=str(folder / "run"), seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=False, **search
     )
     validation = task.rows(task.split("validation")[:VALIDATION])
     if method.startswith("GRPO"):
@@ -148,7 +148,7 @@ def main() -> None:
     for seed in options.seeds:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as folder:
-                fresh = run(method, seed, Path(folder))
+                fresh = run(method, seed, Path(folder), METHODS[method])
             results = [r for r in results if (r["method"], r["seed"]) != (method, seed)] + [fresh]
             options.output.write_text(json.dumps(results, indent=None) + "\n")
             options.output.with_suffix(".md").write_text(table(results, options.threads))

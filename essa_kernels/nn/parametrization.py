@@ -50,7 +50,8 @@ class Parametrization(Protocol):
         parameters: the point, float32, each tensor of the shape of its noise matrix. A search changes them in place and
             then calls ``moved``.
         batched: whether one batch may hold rows of several members; if not, ``attach`` takes one member at a time.
-        output: the folder's name for what ``save`` writes: "adapter" or "model".
+        output: the name of the folder that ``save`` writes: "adapter" for what needs a model with a LoRA adapter; for all
+            else, such as "model", the model comes without, or has it merged into its weights.
     """
 
     name: str

@@ -121,13 +121,14 @@ class ESSAConfig(_Settings):
         "svd",
         "What is searched: svd (a LoRA's singular values), lora (its two factors), lowrank (the weights, perturbed by "
         "low-rank noise: EGGROLL) or full (all weights, one member at a time: ES at Scale). The last two take an adapter "
-        "too, merge it into the weights first, and write output_dir/model instead of output_dir/adapter.",
+        "too, merge it into the weights first, and write output_dir/model instead of output_dir/adapter. Or "
+        "path.to.module:Class, a parametrization of your own.",
         fixed=True,
     )
     strategy: str | None = setting(
         None,
-        "Search strategy: cma, cma-diagonal, es-per-completion, zo-grpo or es; svd takes all, the other parametrizations "
-        "es. Default: es for those; for svd zo-grpo or, where the population is no multiple of the prompts or the "
+        "Search strategy: cma, cma-diagonal, es-per-completion, zo-grpo, es or path.to.module:Class, one of your own. svd "
+        "takes all, the other parametrizations es. Default: es for those; for svd zo-grpo or, where the population is no multiple of the prompts or the "
         "temperature is 0, the best of the others that fits.",
         fixed=True,
     )
@@ -204,7 +205,8 @@ class ESSAConfig(_Settings):
             self._check_float("sigma", above=0.0)
         self._check_float("alpha", above=0.0, at_most=1.0)
         self._check_choice("offset_mode", OFFSET_MODES)
-        self._check_choice("parametrization", PARAMETRIZATIONS)
+        if ":" not in str(self.parametrization):
+            self._check_choice("parametrization", PARAMETRIZATIONS)
         if self.strategy is not None and not isinstance(self.strategy, str):
             raise InputError(f"strategy must be a name, got {self.strategy!r}")
         for name, choices in (

@@ -105,7 +105,7 @@ def write_report(
     own = [dataclasses.replace(curve, name=f"{name}, {curve.name}") if name else curve for curve in run_curves(run)]
     title = title or run.about["settings"].get("run_name") or run.directory.resolve().name
     png, svg = _draw([*own, *curves], title)
-    searched = SEARCHED[run.identity["settings"]["parametrization"]]
+    searched = _searched(run.identity["settings"]["parametrization"])
     lead = f"Gradient-free alignment: a search over {searched}."
     text = page(title, lead, _headline(run), svg, [*tables, *_own_tables(run)], "learning curve")
     (run.directory / "report.png").write_bytes(png)
@@ -135,6 +135,10 @@ def picture(draw: Callable[[Any], None], title: str, size: tuple[float, float] =
         figure.suptitle(title)
         figure.savefig(png, format="png", dpi=150)
     return png.getvalue(), svg.getvalue()
+
+
+def _searched(parametrization: str) -> str:
+    return SEARCHED.get(parametrization, f"what {parametrization} names")
 
 
 def _draw(curves: Sequence[Curve], title: str) -> tuple[bytes, str]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from essa.config import InputError, suggest
 from essa.data import Prompts
+from essa.imports import import_named
 
 Reward = Callable[..., Sequence[float]]
 REFERENCE_COLUMNS = ("answer", "solution")
@@ -102,7 +103,7 @@ def find_reward(reward: str | Reward) -> tuple[str, Reward]:
                 f"reward must be one of {', '.join(BUILT_IN)} or path.to.module:function, got {reward!r}"
                 f"{suggest(reward, BUILT_IN)}"
             )
-        return reward, _import_reward(reward)
+        return reward, import_named("reward", reward)
     if not callable(reward) or _is_model(reward):
         raise InputError(f"reward_funcs must be functions or names, got {type(reward).__name__}; wrap it in a function")
     if inspect.iscoroutinefunction(reward):
@@ -117,25 +118,6 @@ def find_reward(reward: str | Reward) -> tuple[str, Reward]:
 def _is_model(reward: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(reward, torch.nn.Module)
-
-
-def _import_reward(name: str) -> Reward:
-    module_name, _, attribute = name.partition(":")
-    # As `python -m` does: a module beside the caller's working folder can be named.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"reward {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(found, attribute):
-        raise InputError(f"reward {name!r}: {module_name!r} has no {attribute!r}{suggest(attribute, dir(found))}")
-    reward = getattr(found, attribute)
-    if not callable(reward):
-        raise InputError(f"reward {name!r} must be a function, got {type(reward).__name__}")
-    return reward
 
 
 @dataclass(frozen=True)

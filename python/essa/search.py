@@ -7,13 +7,14 @@ rewards and, where the strategy asked for them, their scores. Nothing else of it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from essa.config import ESSAConfig, InputError
+from essa.imports import import_named
 from essa.models import adapter_name
 from essa.rollout import batches, owners_of
 from essa.strategies import Score, Strategy, make_strategy
@@ -26,6 +27,12 @@ from essa_kernels.nn import (
     SingularValues,
 )
 
+SPACES: dict[str, Callable[..., Parametrization]] = {
+    "svd": SingularValues,
+    "lora": LoRAFactors,
+    "lowrank": LowRankNoise,
+    "full": FullWeights,
+}
 PROBED = 256
 """How many elements of each parameter go into a digest."""
 
@@ -157,25 +164,36 @@ class Search:
         self._asked = None
 
 
+def find_space(name: str) -> Callable[..., Parametrization]:
+    """The class of a parametrisation: one of `PARAMETRIZATIONS`, or `path.to.module:Class`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    return SPACES[name] if name in SPACES else import_named("parametrization", name, "class")
+
+
 def make_space(model: torch.nn.Module, args: ESSAConfig) -> Parametrization:
     """The parametrisation that the settings name.
 
     Raises:
         InputError: it does not fit the model.
     """
+    space = find_space(args.parametrization)
+    options: dict[str, Any] = {}
+    if args.parametrization == "svd":
+        options = {"alpha": args.alpha, "offset_mode": args.offset_mode}
+    elif args.parametrization in SPACES:
+        options = {"distribution": args.noise}
+    if args.parametrization == "lowrank":
+        options["rank"] = args.noise_rank
+    if args.parametrization in ("svd", "lora"):
+        options["adapter_name"] = adapter_name(model)
     try:
-        if args.parametrization == "svd":
-            return SingularValues(model, adapter_name(model), alpha=args.alpha, offset_mode=args.offset_mode)
-        if args.parametrization == "lora":
-            return LoRAFactors(model, adapter_name(model), distribution=args.noise)
+        return space(model, **options)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise InputError(f"this LoRA adapter cannot be searched: {error}") from error
-    try:
-        if args.parametrization == "lowrank":
-            return LowRankNoise(model, rank=args.noise_rank, distribution=args.noise)
-        return FullWeights(model, distribution=args.noise)
-    except ValueError as error:
-        raise InputError(f"this model cannot be searched: {error}") from error
+        what = "LoRA adapter" if "adapter_name" in options else "model"
+        raise InputError(f"this {what} cannot be searched: {error}") from error
 
 
 def _bytes(numbers: torch.Tensor) -> bytes:

@@ -29,13 +29,10 @@ from essa.evaluate import check_prompts, evaluate
 from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer, merge_adapter
 from essa.progress import Progress
 from essa.rewards import Reward, RewardError, Rewards
-from essa.search import Search
+from essa.search import Search, find_space
 from essa_kernels.nn import POINT
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("lowrank", "full")
-"""Parametrisations of the model's own weights."""
 
 
 class ESSATrainer:
@@ -395,10 +392,10 @@ def _load(
         raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
     if has_lora(model) and adapter is not None:
         raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
-    of_weights = args.parametrization in WEIGHTS
-    if not has_lora(model) and not (of_weights and adapter is None):
+    of_adapter = getattr(find_space(args.parametrization), "output", "model") == "adapter"
+    if not has_lora(model) and (of_adapter or adapter is not None):
         model = load_adapter(model, adapter)
-    if of_weights and has_lora(model):
+    if not of_adapter and has_lora(model):
         model = merge_adapter(model)
     return model.eval(), processing_class or load_tokenizer(_model_name(model))
 

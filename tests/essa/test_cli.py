@@ -56,6 +56,30 @@ def process(*arguments, **options):
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+def test_weights_are_searched_without_an_adapter_and_come_out_as_a_model(align, data, tmp_path):
+    chosen = ["--parametrization", "lowrank", "--noise", "rademacher", "--optimizer", "momentum"]
+    result = essa(*without(align, "--adapter"), *chosen)
+    assert result.exit_code == 0, result.output
+    model = tmp_path / "run" / "model"
+    assert f"model:   {model}" in result.stdout
+    assert "the weights of a model, with low-rank noise" in (tmp_path / "run" / "report.html").read_text()
+    rest = ["--dataset_name", data[1], "--reward", "exact_match", "--max_new_tokens", "4"]
+    measured = essa("eval", "--model_name_or_path", model, *rest)
+    assert measured.exit_code == 0, measured.output
+    record = [record for record in Run.read(tmp_path / "run").records if "evaluation" in record][-1]
+    assert json.loads(measured.stdout.splitlines()[-1])["reward"] == record["evaluation"]["reward"]
+    refused = essa(
+        *without(align, "--output_dir"),
+        "--output_dir",
+        tmp_path / "x",
+        "--parametrization",
+        "full",
+        "--strategy",
+        "cma",
+    )
+    assert refused.exit_code == 2 and "parametrization 'full' has" in refused.stderr
+
+
 def test_align_and_eval(align, data, tmp_path, pictures):
     result = essa(*align)
     assert result.exit_code == 0, result.output

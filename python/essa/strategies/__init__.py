@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from essa.config import suggest
+from essa.imports import import_named
 from essa.strategies.base import Score, Strategy
 from essa.strategies.es import ES
 from essa.strategies.es_per_completion import ESPerCompletion
@@ -48,7 +49,7 @@ def make_strategy(
     """A fresh strategy.
 
     Args:
-        name: one of `STRATEGIES`; None for `default_strategy`, or "es" where the space is not of singular values.
+        name: one of `STRATEGIES`, or `path.to.module:Class`; None for `default_strategy`, or "es" where the space is not of singular values.
         dim: number of searched coordinates, at least 1.
         population_size: members per generation, at least 2.
         prompts_per_generation: prompts per generation, at least 1.
@@ -62,7 +63,8 @@ def make_strategy(
     Raises:
         ValueError: an argument is out of range, or the population does not fit the strategy.
     """
-    if name is not None and name not in STRATEGIES:
+    own = name is not None and ":" in name
+    if name is not None and name not in STRATEGIES and not own:
         raise ValueError(f"strategy: got {name!r}, allowed are {', '.join(STRATEGIES)}{suggest(str(name), STRATEGIES)}")
     for argument, value, least in (
         ("dim", dim, 1),
@@ -88,6 +90,12 @@ def make_strategy(
         "weight_decay": weight_decay,
     }
     given = {argument: value for argument, value in of_es.items() if value is not None}
+    if own:
+        sizes = {"dim": dim, "space": space, "prompts_per_generation": prompts_per_generation}
+        strategy = import_named("strategy", str(name), "class")(**sizes, **settings, **given)
+        if strategy.mean is not None and not listed:
+            raise ValueError(_lists_coordinates(name, space, dim))
+        return strategy
     if name == "es":
         if space is None:
             raise ValueError("space: strategy 'es' needs the parametrisation that it moves, got None")
@@ -95,11 +103,8 @@ def make_strategy(
     if given:
         argument, choice = next(iter(given.items()))
         raise ValueError(f"{argument}: got {choice!r}, but only strategy 'es' has it, not {name!r}")
-    if space is not None and not listed:
-        raise ValueError(
-            f"strategy: got {name!r}, which searches a list of coordinates; parametrization {space.name!r} has "
-            f"{dim:,} and takes 'es'"
-        )
+    if not listed:
+        raise ValueError(_lists_coordinates(name, space, dim))
     settings["dim"] = dim
     if name in ("cma", "cma-diagonal"):
         if lr is not None:
@@ -109,3 +114,10 @@ def make_strategy(
         return CMA(**settings, diagonal=name == "cma-diagonal")
     settings["prompts_per_generation"] = prompts_per_generation
     return ZOGRPO(**settings) if name == "zo-grpo" else ESPerCompletion(**settings)
+
+
+def _lists_coordinates(name: str | None, space: Any, dim: int) -> str:
+    return (
+        f"strategy: got {name!r}, which searches a list of coordinates; parametrization {space.name!r} has {dim:,} and takes "
+        f"'es'"
+    )
