@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -218,21 +217,29 @@ std::optional<bool> svd_lora_expand_direct(py::handle y_, py::handle h_, py::han
 // A thread's share of rows that draws the noise once; splitting more rows off costs less than leaving threads idle.
 constexpr int64_t kRowsPerDraw = 256;
 
+struct Group {
+  int64_t member, first, rows;
+  bool operator<(const Group& other) const { return member < other.member; }
+};
+
 // The rows of every pair, ascending in pairs. A pair with many rows comes in several parts.
-std::vector<cpu::PairRows> pair_rows(const int64_t* members, const int64_t* offsets, int64_t groups) {
-  std::map<uint32_t, cpu::PairRows> whole;
-  for (int64_t g = 0; g < groups; ++g) {
-    if (offsets[g] == offsets[g + 1]) continue;
-    const uint32_t pair = static_cast<uint32_t>(members[g] >> 1);
-    cpu::PairRows& rows = whole.try_emplace(pair, cpu::PairRows{pair, {0, 0}, {0, 0}}).first->second;
-    rows.first[members[g] & 1] = offsets[g];
-    rows.rows[members[g] & 1] = offsets[g + 1] - offsets[g];
-  }
+std::vector<cpu::PairRows> pair_rows(const int64_t* members, const int64_t* offsets, int64_t count) {
+  std::vector<Group> groups;
+  groups.reserve(count);
+  for (int64_t g = 0; g < count; ++g)
+    if (offsets[g] < offsets[g + 1]) groups.push_back({members[g], offsets[g], offsets[g + 1] - offsets[g]});
+  if (!std::is_sorted(groups.begin(), groups.end())) std::sort(groups.begin(), groups.end());
   std::vector<cpu::PairRows> parts;
-  for (const auto& [pair, rows] : whole) {
-    for (int64_t at = 0; at < std::max(rows.rows[0], rows.rows[1]); at += kRowsPerDraw) {
-      cpu::PairRows part{pair, {rows.first[0] + at, rows.first[1] + at}, {}};
-      for (int sign : {0, 1}) part.rows[sign] = std::clamp<int64_t>(rows.rows[sign] - at, 0, kRowsPerDraw);
+  parts.reserve(groups.size());
+  for (auto group = groups.begin(); group != groups.end();) {
+    cpu::PairRows whole{static_cast<uint32_t>(group->member >> 1), {0, 0}, {0, 0}};
+    for (; group != groups.end() && static_cast<uint32_t>(group->member >> 1) == whole.pair; ++group) {
+      whole.first[group->member & 1] = group->first;
+      whole.rows[group->member & 1] = group->rows;
+    }
+    for (int64_t at = 0; at < std::max(whole.rows[0], whole.rows[1]); at += kRowsPerDraw) {
+      cpu::PairRows part{whole.pair, {whole.first[0] + at, whole.first[1] + at}, {}};
+      for (int sign : {0, 1}) part.rows[sign] = std::clamp<int64_t>(whole.rows[sign] - at, 0, kRowsPerDraw);
       parts.push_back(part);
     }
   }
@@ -284,6 +291,78 @@ void lowrank_perturbed_cpu(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x
   args.scaling = static_cast<float>(sigma / std::sqrt(static_cast<double>(rank)));
   args.y = pointer<void>(y), args.y_stride = y_stride;
   run_perturbed(args, members, offsets, groups, rows, threads, kernels->lowrank_shrink, kernels->lowrank_expand);
+}
+
+// Distinct and of 33 bits.
+bool are_members(const int64_t* members, int64_t count) {
+  bool ascend = true;
+  for (int64_t g = 1; g < count; ++g) ascend = ascend && members[g - 1] < members[g];
+  std::vector<int64_t> sorted;
+  if (!ascend) {
+    sorted.assign(members, members + count);
+    std::sort(sorted.begin(), sorted.end());
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
+    members = sorted.data();
+  }
+  return count == 0 || (members[0] >= 0 && members[count - 1] >> 33 == 0);
+}
+
+// x and y of the same leading dimensions, and the members of their rows.
+bool perturbed_fits(const Tensor& y, const Tensor& x, const Tensor& members, const Tensor& offsets, Rows& x_rows,
+                    Rows& y_rows) {
+  if (x.dtype() < 0 || y.dtype() != x.dtype() || y.ndim != x.ndim || members.ndim != 1 || !x_rows.take(x) ||
+      !y_rows.take(y) || !std::equal(x.shape, x.shape + x.ndim - 1, y.shape))
+    return false;
+  const int64_t groups = members.shape[0], d_in = x.shape[x.ndim - 1], d_out = y.shape[y.ndim - 1];
+  return d_in * d_out > 0 && (y_rows.count < 2 || y_rows.stride >= d_out) && members.is(kInt64, {groups}) &&
+         offsets.is(kInt64, {groups + 1}) && y.is_beside(x) && members.is_beside(x) && offsets.is_beside(x) &&
+         (x.device_type != kCpuDevice || (are_members(pointer<int64_t>(members.address()), groups) &&
+                                          cover(offsets, x_rows.count)));
+}
+
+// Within the noise's counter, whatever the distribution.
+bool fits_counter(int64_t rank, int64_t d_in, int64_t d_out) {
+  constexpr int64_t kMost = 1 << 28;
+  return rank > 0 && rank < kMost / std::max(d_in, d_out);
+}
+
+std::optional<bool> lora_perturbed_direct(py::handle y_, py::handle x_, py::handle a_, py::handle b_,
+                                          py::handle members_, py::handle offsets_, int64_t seed, uint32_t generation,
+                                          uint32_t site, double sigma, double scaling, bool rademacher, int threads) {
+  Tensor y, x, a, b, members, offsets;
+  Rows x_rows, y_rows;
+  if (!read({{y, y_}, {x, x_}, {a, a_}, {b, b_}, {members, members_}, {offsets, offsets_}}) ||
+      !perturbed_fits(y, x, members, offsets, x_rows, y_rows) || a.ndim != 2 || b.ndim != 2)
+    return std::nullopt;
+  const int64_t rank = a.shape[0], d_in = x.shape[x.ndim - 1], d_out = y.shape[y.ndim - 1];
+  const bool transposed = b.strides[0] == 1 && b.strides[1] == d_out;
+  if ((a.dtype() != x.dtype() && a.dtype() != cpu::kFloat32) || !a.is(a.dtype(), {rank, d_in}) ||
+      b.dtype() != a.dtype() || !b.has_shape({d_out, rank}) || !(b.is_contiguous() || transposed) ||
+      !a.is_beside(x) || !b.is_beside(x) || !fits_counter(rank, d_in, d_out))
+    return std::nullopt;
+  if (!runs_here(y, threads)) return false;
+  lora_perturbed_cpu(y.address(), y_rows.stride, x.address(), x_rows.stride, a.address(), b.address(), b.strides[0],
+                     b.strides[1], static_cast<uint64_t>(seed), generation, site, sigma, members.address(),
+                     offsets.address(), scaling, rademacher, x_rows.count, members.shape[0], d_in, d_out, rank,
+                     x.dtype(), a.dtype(), threads);
+  return true;
+}
+
+std::optional<bool> lowrank_perturbed_direct(py::handle y_, py::handle x_, py::handle members_, py::handle offsets_,
+                                             int64_t d_out, int64_t seed, uint32_t generation, uint32_t site,
+                                             double sigma, int64_t rank, bool rademacher, int threads) {
+  Tensor y, x, members, offsets;
+  Rows x_rows, y_rows;
+  if (!read({{y, y_}, {x, x_}, {members, members_}, {offsets, offsets_}}) ||
+      !perturbed_fits(y, x, members, offsets, x_rows, y_rows) || y.shape[y.ndim - 1] != d_out)
+    return std::nullopt;
+  const int64_t d_in = x.shape[x.ndim - 1];
+  if (!fits_counter(rank, d_in, d_out)) return std::nullopt;
+  if (!runs_here(y, threads)) return false;
+  lowrank_perturbed_cpu(y.address(), y_rows.stride, x.address(), x_rows.stride, static_cast<uint64_t>(seed), generation,
+                        site, sigma, members.address(), offsets.address(), rank, rademacher, x_rows.count,
+                        members.shape[0], d_in, d_out, x.dtype(), threads);
+  return true;
 }
 
 void lowrank_update_cpu(uintptr_t w, int64_t d_out, int64_t d_in, uint64_t seed, uint32_t generation, uint32_t site,
@@ -539,6 +618,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("svd_lora_direct", &svd_lora_direct);
   m.def("svd_lora_shrink_direct", &svd_lora_shrink_direct);
   m.def("svd_lora_expand_direct", &svd_lora_expand_direct);
+  m.def("lora_perturbed_direct", &lora_perturbed_direct);
+  m.def("lowrank_perturbed_direct", &lowrank_perturbed_direct);
   m.def("gaussian_cpu", &gaussian_cpu);
   m.def("rademacher_cpu", &rademacher_cpu);
   m.def("linear_logprob_cpu", &linear_logprob_cpu);
@@ -559,6 +640,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rademacher_cuda", &cuda::rademacher);
   m.def("perturb_cuda", &perturb_cuda);
   m.def("es_update_cuda", &es_update_cuda);
+  m.def("lora_perturbed_cuda", &cuda::lora_perturbed);
   m.def("svd_lora_cuda", &cuda::svd_lora);
   m.def("svd_lora_shrink_cuda", &cuda::svd_lora_shrink);
   m.def("svd_lora_expand_cuda", &cuda::svd_lora_expand);

@@ -206,7 +206,7 @@ def explain(op: str | None = None) -> Explanation:
         for device_type, backends in PREFERENCE.items():
             lines.append(f"  {device_type} tensors:")
             lines += _explain_backends(name, device_type, backends)
-            if OPS[name][0] == "svd_lora" and device_type in PREFERENCE_BEYOND_DECODE:
+            if OPS[name][0] in ("svd_lora", "lora_perturbed") and device_type in PREFERENCE_BEYOND_DECODE:
                 lines.append(f"  {device_type} tensors of more than {DECODE_ROWS} rows:")
                 lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
     return Explanation("\n".join(lines))

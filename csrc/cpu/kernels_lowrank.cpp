@@ -9,6 +9,13 @@ namespace {
 
 // --- forward: y += +-sigma / sqrt(rank) E (F^T x) ------------------------------------------------------------------
 
+// Both members' rows have the same factors: where they lie side by side they are one run.
+template <class Run>
+ESSA_INLINE void each_run(const PairRows& pair, Run run) {
+  if (pair.first[0] + pair.rows[0] == pair.first[1]) return run(pair.first[0], pair.rows[0] + pair.rows[1]);
+  for (int sign = 0; sign < 2; ++sign) run(pair.first[sign], pair.rows[sign]);
+}
+
 template <class T>
 void shrink(const PerturbedArgs& args, int64_t first, int64_t last) {
   const int64_t rank_groups = blocks(args.rank, kRanksAtOnce);
@@ -24,8 +31,9 @@ void shrink(const PerturbedArgs& args, int64_t first, int64_t last) {
     for (int64_t column = 0; column < args.d_in; column += kColumnBlock) {
       const int64_t columns = args.d_in - column < kColumnBlock ? args.d_in - column : kColumnBlock;
       for (int64_t k = 0; k < ranks; ++k) noise.draw(rank + k, column, columns, f_t + k * stride);
-      for (int sign = 0; sign < 2; ++sign)
-        shrink_rows<T>(args, pair.first[sign], pair.rows[sign], column, columns, f_t, stride, ranks, h);
+      each_run(pair, [&](int64_t row, int64_t rows) {
+        shrink_rows<T>(args, row, rows, column, columns, f_t, stride, ranks, h);
+      });
     }
     set_h(args, pair, h, ranks, [&](float value, int sign) { return (sign ? -args.scaling : args.scaling) * value; });
   }
@@ -41,8 +49,7 @@ void expand(const PerturbedArgs& args, int64_t first, int64_t last) {
     const int64_t columns = args.d_out - column < kColumnBlock ? args.d_out - column : kColumnBlock;
     const NoiseMatrix noise(args.key, args.key.site + 1, pair.pair, args.rademacher, args.d_out);
     for (int64_t k = 0; k < args.rank; ++k) noise.draw(k, column, columns, e_t + k * stride);
-    for (int sign = 0; sign < 2; ++sign)
-      expand_rows<T>(args, pair.first[sign], pair.rows[sign], column, columns, e_t, stride);
+    each_run(pair, [&](int64_t row, int64_t rows) { expand_rows<T>(args, row, rows, column, columns, e_t, stride); });
   }
 }
 

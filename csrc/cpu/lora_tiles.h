@@ -95,9 +95,6 @@ struct Listed {
   Listed from(int64_t i) const { return {all, stride, rows + i}; }
 };
 
-// The rows that come next, while these are computed: they are strided, and the base layer's weights have pushed them out
-// of the cache. An address past the end does no harm.
-ESSA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // --- shrink: t[i, k] = sum_d x[i, d] f[k, d] ---------------------------------------------------------------------
 
 constexpr int kShrinkRows = 3;

@@ -31,7 +31,10 @@ ESSA_INLINE void shrink_tile(const typename T::Element* x, int64_t x_stride, con
     }
   };
   int64_t at = 0;
-  for (; at + W <= d; at += W) step(x + at, x_stride, m + at);
+  for (; at + W <= d; at += W) {
+    for (int i = 0; i < M; ++i) prefetch(x + (M + i) * x_stride + at);
+    step(x + at, x_stride, m + at);
+  }
   if (at < d) {
     Element tail[M][W] = {};
     for (int i = 0; i < M; ++i) __builtin_memcpy(tail[i], x + i * x_stride + at, (d - at) * sizeof(Element));
@@ -95,6 +98,8 @@ ESSA_INLINE void expand_tile(const float* h, int64_t h_stride, const float* m, i
     Element* row = y + i * y_stride;
     if (columns >= kExpandColumns) {
       for (int n = 0; n < kExpandVectors; ++n) T::put(row + n * W, add(T::get(row + n * W), sums[i][n]));
+      for (int byte = 0; byte < kExpandColumns * (int)sizeof(Element); byte += 64)
+        prefetch((const char*)(row + M * y_stride) + byte);
       continue;
     }
     Element edge[kExpandColumns] = {};

@@ -36,6 +36,12 @@ void svd_lora_expand(uintptr_t y, int64_t y_stride, uintptr_t h, int64_t h_strid
                      int64_t u_b_row_stride, int64_t u_b_column_stride, int64_t rows, int64_t d_out, int64_t r_b,
                      int dtype, uintptr_t stream);
 
+void lora_perturbed(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t a, uintptr_t b,
+                    int64_t b_row_stride, int64_t b_column_stride, uint64_t seed, uint32_t generation, uint32_t site,
+                    double sigma, uintptr_t members, uintptr_t offsets, double scaling, bool rademacher, int64_t rows,
+                    int64_t groups, int64_t d_in, int64_t d_out, int64_t rank, int dtype, int parameter_dtype,
+                    uintptr_t stream);
+
 // Writes to `text` the driver, the devices and their compute capability in words, or the plain reason why there is none.
 // Cut to `size` bytes; never throws.
 void device_report(char* text, size_t size);

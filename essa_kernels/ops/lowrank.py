@@ -11,7 +11,6 @@ from torch.autograd.graph import increment_version
 from .. import dispatch
 from ..noise import NoiseKey
 from .registration import (
-    DTYPES,
     as_tensors,
     as_weights,
     beyond_decode,
@@ -29,6 +28,7 @@ from .registration import (
     check_tensors,
     check_updated,
     check_weights,
+    direct,
     fold_pairs,
     register,
     rows_of_x,
@@ -69,7 +69,8 @@ def lowrank_perturbed(
             ends with the number of rows; groups may be empty. The content of members and offsets is checked on the
             CPU; on a GPU, where looking would stall the stream, it is trusted.
         rank: of the noise, >= 1.
-        distribution: "gaussian" or "rademacher", of the factors' elements.
+        distribution: "gaussian" or "rademacher", of the factors' elements. Signs take a fraction of the normals' time
+            to draw, which is most of the time where members have few rows.
         y: [..., d_out], x's dtype: accumulated in place, usually the product of x and the weight. Its rows may have any
             stride, their elements are adjacent. It must not share memory with x. By default zeros.
         backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
@@ -141,25 +142,6 @@ def lowrank_update_(
     return w
 
 
-def _fits(y: Tensor, x: Tensor, rank: int, members: Tensor, offsets: Tensor) -> bool:
-    """Whether all is well, asked as cheaply as possible; `_check_perturbed` then names what is not."""
-    if x.dim() == 0 or y.dim() == 0 or members.dim() != 1 or torch.is_grad_enabled():
-        return False
-    d_in, d_out = x.shape[-1], y.shape[-1]
-    return (
-        y.shape[:-1] == x.shape[:-1]
-        and offsets.shape == (members.shape[0] + 1,)
-        and d_in > 0
-        and rank * max(d_in, d_out) < 2**28  # within the counter whatever the tile
-        and x.dtype in DTYPES
-        and y.dtype is x.dtype
-        and members.dtype is offsets.dtype is torch.int64
-        and x.device == y.device == members.device == offsets.device
-        and members.is_contiguous()
-        and offsets.is_contiguous()
-    )
-
-
 def _check_perturbed(
     y: Tensor, x: Tensor, d_out: int, rank: int, members: Tensor, offsets: Tensor, distribution: str
 ) -> None:
@@ -186,8 +168,13 @@ def _check_perturbed(
 def _run_perturbed_inplace(
     y, x, d_out, seed, generation, site, sigma, members, offsets, rank, distribution, backend=None
 ) -> None:
+    noise = (seed, generation, site, sigma, rank, distribution == "rademacher")
+    done = direct(PERTURBED, backend, y, x, members, offsets, d_out, *noise)
+    if done:
+        increment_version(y)
+        return
     implementation = dispatch.resolve(PERTURBED, x.device, backend, beyond_decode(x))
-    if not (_fits(y, x, rank, members, offsets) and y.shape[-1] == d_out):
+    if done is None:
         _check_perturbed(y, x, d_out, rank, members, offsets, distribution)
     x, y = rows_of_x(x), rows_of_y(PERTURBED, y)
     check_members(PERTURBED, members)

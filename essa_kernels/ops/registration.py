@@ -58,7 +58,7 @@ def check_are_tensors(op: str, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}") from None
 
 
-def direct(op: str, backend: str | None, *tensors: Tensor) -> bool | None:
+def direct(op: str, backend: str | None, *arguments: Tensor | float) -> bool | None:
     """Try an op that works in place as one compiled call, which is most of what few rows cost.
 
     Returns:
@@ -68,7 +68,7 @@ def direct(op: str, backend: str | None, *tensors: Tensor) -> bool | None:
     if torch.is_grad_enabled():
         return None
     threads = torch.get_num_threads() if backend is None or backend == "cpu" else 0
-    return dispatch.direct(op)(*tensors, threads)
+    return dispatch.direct(op)(*arguments, threads)
 
 
 # These checks name what is wrong; reading a property of a tensor costs about 0.1 us: each is read once.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/es_update_thread.h"
+#include "cuda/lora_perturbed_block.h"
 #include "cuda/noise_fill.h"
 #include "cuda/svd_lora_block.h"
 
@@ -147,19 +148,19 @@ class HostBlock {
   mutable uint64_t token_ = 0;
 };
 
-template <int R, class T, void (*Body)(const HostBlock&, const cuda::SvdLora<T>&)>
-void launch(const cuda::SvdLora<T>& p, Geometry geometry) {
-  static const cuda::SvdLora<T>* arguments;
+template <class P, void (*Body)(const HostBlock&, const P&)>
+void launch(const P& p, Geometry geometry, int64_t row_blocks, int shared_floats) {
+  static const P* arguments;
   arguments = &p;
   const int warps = geometry.threads / cuda::kWarp;
-  for (int64_t index = 0; index * R < p.rows; ++index) {
+  for (int64_t index = 0; index < row_blocks; ++index) {
     RowBlock row_block{geometry, index, {}, std::vector<BlockState>(geometry.parts)};
     row_block.cluster.expected = geometry.threads * geometry.parts;
     for (BlockState& block : row_block.blocks) {
       block.barrier.expected = geometry.threads;
       block.warps.resize(warps);
       for (Warp& warp : block.warps) warp.barrier.expected = cuda::kWarp;
-      block.shared.assign(cuda::shared_layout(R, p.r_a, p.r_b, warps).total, NAN);
+      block.shared.assign(shared_floats, NAN);
     }
     row_block_state = &row_block;
     run_fibers((size_t)geometry.threads * geometry.parts,
@@ -169,9 +170,18 @@ void launch(const cuda::SvdLora<T>& p, Geometry geometry) {
 
 template <int R, class T>
 void run_op(int op, const cuda::SvdLora<T>& p, Geometry geometry) {
-  if (op == 0) launch<R, T, cuda::svd_lora_block<R, T, HostBlock>>(p, geometry);
-  if (op == 1) launch<R, T, cuda::svd_lora_shrink_block<R, T, HostBlock>>(p, geometry);
-  if (op == 2) launch<R, T, cuda::svd_lora_expand_block<R, T, HostBlock>>(p, geometry);
+  using P = cuda::SvdLora<T>;
+  const int64_t row_blocks = (p.rows + R - 1) / R;
+  const int floats = cuda::shared_layout(R, p.r_a, p.r_b, geometry.threads / cuda::kWarp).total;
+  if (op == 0) launch<P, cuda::svd_lora_block<R, T, HostBlock>>(p, geometry, row_blocks, floats);
+  if (op == 1) launch<P, cuda::svd_lora_shrink_block<R, T, HostBlock>>(p, geometry, row_blocks, floats);
+  if (op == 2) launch<P, cuda::svd_lora_expand_block<R, T, HostBlock>>(p, geometry, row_blocks, floats);
+}
+
+template <int R, class T, class P>
+void run_perturbed(const cuda::LoraPerturbed<T, P>& p, Geometry geometry) {
+  const int floats = cuda::perturbed_layout(R, p.rank, geometry.threads / cuda::kWarp).total;
+  launch<cuda::LoraPerturbed<T, P>, cuda::lora_perturbed_block<R, T, P, HostBlock>>(p, geometry, p.groups, floats);
 }
 
 }  // namespace
@@ -233,5 +243,32 @@ void svd_lora(int op, uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stri
   if (dtype == 0) run(float());
   if (dtype == 1) run(cuda::BFloat16());
   if (dtype == 2) run(cuda::Float16());
+}
+
+// parameter_dtype: 0 or dtype
+void lora_perturbed(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, uintptr_t a, uintptr_t b,
+                    int64_t b_row_stride, int64_t b_column_stride, uint64_t seed, uint32_t generation, uint32_t site,
+                    double sigma, uintptr_t members, uintptr_t offsets, double scaling, int rademacher, int64_t groups,
+                    int64_t d_in, int64_t d_out, int64_t rank, int dtype, int parameter_dtype, int rows_at_once,
+                    int threads, int parts, int cluster) {
+  const auto run = [&](auto x_tag, auto parameter_tag) {
+    using T = decltype(x_tag);
+    using P = decltype(parameter_tag);
+    cuda::LoraPerturbed<T, P> p = {};
+    p.y = reinterpret_cast<T*>(y), p.y_stride = y_stride;
+    p.x = reinterpret_cast<const T*>(x), p.x_stride = x_stride;
+    p.a = reinterpret_cast<const P*>(a), p.b = reinterpret_cast<const P*>(b);
+    p.b_row_stride = b_row_stride, p.b_column_stride = b_column_stride;
+    p.members = reinterpret_cast<const int64_t*>(members), p.offsets = reinterpret_cast<const int64_t*>(offsets);
+    p.groups = (int)groups, p.d_in = (int)d_in, p.d_out = (int)d_out, p.rank = (int)rank;
+    p.sigma = (float)sigma, p.scaling = (float)scaling, p.rademacher = rademacher != 0;
+    p.key = noise::Key{(uint32_t)seed, (uint32_t)(seed >> 32), site, 0, generation};
+    const Geometry geometry{threads, parts, cluster != 0};
+    rows_at_once == 1 ? run_perturbed<2>(p, geometry) : run_perturbed<4>(p, geometry);
+  };
+  const auto with_parameters = [&](auto tag) { parameter_dtype == 0 ? run(tag, float()) : run(tag, tag); };
+  if (dtype == 0) with_parameters(float());
+  if (dtype == 1) with_parameters(cuda::BFloat16());
+  if (dtype == 2) with_parameters(cuda::Float16());
 }
 }

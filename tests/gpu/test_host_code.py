@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from essa_kernels.reference import es_update as reference_update
+from essa_kernels.reference import lora_perturbed as reference_lora
 from essa_kernels.reference import noise as reference
 
 from .problems import DTYPES, SHAPES, Problem, assert_h, assert_y, problem
@@ -162,3 +163,34 @@ def test_svd_lora_in_two_halves(host_code, seed, shape, dtype):
     assert_h(h, p)
     run(host_code, EXPAND, p, h, geometry)
     assert_y(p.y, p._replace(y=y), h)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_lora_perturbed(host_code, seed, geometry, distribution, dtype, parameter_dtype):
+    """A pair apart, an odd member alone, an empty group, more rows than are taken at once; several tiles of noise."""
+    members, offsets = torch.tensor([4, 2**33 - 1, 2, 5]), torch.tensor([0, 3, 5, 5, 12])
+    d_in, d_out, rank = 2100, 129, 3
+    key = (2**64 - 1, 2**32 - 1, 2**30 - 2)
+    x = torch.randn(12, d_in + 8).div(d_in**0.5).to(dtype)[:, :d_in]
+    a, b = torch.randn(rank, d_in).to(parameter_dtype), torch.randn(rank, d_out).to(parameter_dtype).T
+    frame = torch.randn(12, d_out + 8).to(dtype)
+    y, beside = frame[:, :d_out], frame[:, d_out:].clone()
+    expected = y.clone()
+    reference_lora.lora_perturbed_(expected, x, a, b, *key, 0.3, members, offsets, 2.0, distribution)
+    host_code.lora_perturbed(
+        *(ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(y.stride(0))),
+        *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0))),
+        *(ctypes.c_void_p(a.data_ptr()), ctypes.c_void_p(b.data_ptr()), *map(ctypes.c_int64, b.stride())),
+        *(ctypes.c_uint64(key[0]), ctypes.c_uint32(key[1]), ctypes.c_uint32(key[2]), ctypes.c_double(0.3)),
+        *(ctypes.c_void_p(members.data_ptr()), ctypes.c_void_p(offsets.data_ptr()), ctypes.c_double(2.0)),
+        int(distribution == "rademacher"),
+        *map(ctypes.c_int64, (4, d_in, d_out, rank)),
+        *(DTYPES.index(dtype), DTYPES.index(parameter_dtype), *GEOMETRIES[geometry]),
+    )
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(frame[:, d_out:], beside), "wrote beside y"
