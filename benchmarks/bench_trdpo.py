@@ -145,7 +145,7 @@ def test_step_time(benchmark, record, shape, tmp_path, vocabulary=32_000):
         moving = make_ours(base, rows, tokenizer, str(tmp_path / "ours"))
     benchmark.pedantic(step_seconds(moving), rounds=1)
     name = f"optimiser step, LoRA, {PAIRS} pairs, {shape}, vocabulary 32 k"
-    record(compare(name, step_seconds(moving), RIVAL, step_seconds(theirs), rounds=3))
+    record(compare(name, step_seconds(moving), RIVAL, step_seconds(theirs), rounds=2))
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,8 @@ def main(who: str, vocabulary: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = make_rows(vocabulary, LONG, SHORT, PAIRS * STEPS)
         trainer = make(make_model(vocabulary), rows, make_tokenizer(vocabulary), folder)
+        # The second step has the optimiser's state beside everything else.
+        trainer.args.max_steps = 2
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

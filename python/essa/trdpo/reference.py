@@ -66,9 +66,9 @@ class MovingReference:
         source = self._policy if start is None else _matching(self._policy, start)
         self._exact = {name: p.detach().to(torch.float32, copy=True).contiguous() for name, p in source.items()}
         self._lent: dict[str, Tensor] = {}
-        self._start = {name: tensor.to("cpu", copy=True) for name, tensor in self._exact.items()}
+        # Kept, in the CPU's memory, from the first move on.
+        self._start: dict[str, Tensor] | None = None
         self.updates = self.last_update = 0
-        self._moved = False
         self._prepare()
 
     def _prepare(self) -> None:
@@ -81,10 +81,13 @@ class MovingReference:
                 self._lent[name].copy_(exact)
             else:
                 self._lent[name] = exact.to(policy.dtype)
-        factors = [tensor for name, tensor in self._exact.items() if ".lora_B." in name or "lora_embedding_B" in name]
-        only_lora = all(".lora_" in name for name in self._exact)
         # A LoRA whose B is zero adds zero: the base model alone gives the same and costs less.
-        self._is_base = only_lora and bool(factors) and not any(bool(tensor.any()) for tensor in factors)
+        self._is_base = all(
+            ".lora_A." in name
+            or ".lora_embedding_A." in name
+            or ((".lora_B." in name or ".lora_embedding_B." in name) and not tensor.any())
+            for name, tensor in self._exact.items()
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -100,22 +103,30 @@ class MovingReference:
     @contextmanager
     def at_start(self) -> Iterator[None]:
         """Inside, the model is what the reference started as."""
-        start = {name: self._start[name].to(policy) for name, policy in self._policy.items()}
+        start = {name: self._started()[name].to(policy) for name, policy in self._policy.items()}
         with _exchanged(self._policy, start):
             yield
 
     @property
     def moved(self) -> bool:
         """Whether the reference differs from its start."""
-        return self._moved
+        return self._start is not None
+
+    def _started(self) -> dict[str, Tensor]:
+        return self._exact if self._start is None else self._start
+
+    def _leave_start(self) -> None:
+        if self._start is None:
+            self._start = {name: tensor.to("cpu", copy=True) for name, tensor in self._exact.items()}
 
     def update(self, alpha: float, step: int) -> None:
         """reference <- alpha policy + (1 - alpha) reference."""
+        if alpha > 0:
+            self._leave_start()
         for name, policy in self._policy.items():
             mix_(self._exact[name], policy.to(self._exact[name].device), alpha)
         self.updates += 1
         self.last_update = step
-        self._moved = self._moved or alpha > 0
         self._prepare()
 
     def weights(self) -> dict[str, Tensor]:
@@ -124,7 +135,7 @@ class MovingReference:
 
     def distance(self) -> float:
         """Euclidean distance of the reference's weights from their start."""
-        if not self._moved:
+        if self._start is None:
             return 0.0
         squares = [(self._exact[n].cpu().double() - s.double()).square().sum() for n, s in self._start.items()]
         return float(torch.stack(squares).sum().sqrt())
@@ -138,7 +149,7 @@ class MovingReference:
             "format": FORMAT,
             "updates": self.updates,
             "last_update": self.last_update,
-            "moved": self._moved,
+            "moved": self.moved,
             "start": self._start_digest(),
             **about,
         }
@@ -162,17 +173,22 @@ class MovingReference:
                 f"the reference in {str(folder)!r} is of another model: {differing} is {found.get(differing, 'missing')}"
                 f", here {expected.get(differing, 'missing')}"
             )
+        if state["moved"]:
+            self._leave_start()
+        same_start = state["start"] == self._start_digest()
         for name, tensor in self._exact.items():
             tensor.copy_(weights[name])
-        self.updates, self.last_update, self._moved = state["updates"], state["last_update"], state["moved"]
+        if not state["moved"]:
+            self._start = None
+        self.updates, self.last_update = state["updates"], state["last_update"]
         self._prepare()
-        return {**state, "same_start": state["start"] == self._start_digest()}
+        return {**state, "same_start": same_start}
 
     def _start_digest(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._start.items()):
+        for name, tensor in sorted(self._started().items()):
             digest.update(name.encode())
-            digest.update(tensor.numpy().tobytes())
+            digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 

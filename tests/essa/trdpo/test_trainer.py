@@ -302,3 +302,9 @@ def test_checkpoints_hold_no_second_adapter(make, tmp_path):
     names = {path.name for path in Path(tmp_path / "run/checkpoint-8").iterdir()}
     assert {"adapter_model.safetensors", "reference.safetensors", "reference.json"} <= names
     assert not [path for path in Path(tmp_path / "run/checkpoint-8").iterdir() if path.is_dir()]
+
+
+def test_several_gpus_in_one_process_are_refused(make, monkeypatch):
+    monkeypatch.setattr(TRDPOConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match="start one process each"):
+        make()
