@@ -26,6 +26,10 @@ RUN_FILE, HISTORY_FILE = "run.json", "history.jsonl"
 SYNC_SECONDS = 1.0
 
 
+class SaveError(InputError):
+    """The run could not be written, as when the disk is full. What was written before is intact; it can be resumed."""
+
+
 class Run:
     """An open run directory, locked against a second process.
 

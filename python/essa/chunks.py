@@ -7,6 +7,7 @@ evaluates it; only numbers need to be told back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,10 +18,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from essa.data import Prompts
+from essa.evaluate import evaluate
 from essa.rewards import Answer, Rewards
 from essa.rollout import generate
 from essa.scoring import log_probabilities
 from essa.search import Search
+from essa_kernels.nn import POINT
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Task:
     Attributes:
         model, processing_class: the model that the search was made for, and its tokenizer.
         prompts: the training prompts.
+        eval_prompts: those to evaluate the solution on, if any.
         rewards: the reward functions.
         max_new_tokens, seed, row_budget: as in the run's settings.
     """
@@ -37,6 +41,7 @@ class Task:
     model: torch.nn.Module
     processing_class: PreTrainedTokenizerBase
     prompts: Prompts
+    eval_prompts: Prompts | None
     rewards: Rewards
     max_new_tokens: int
     seed: int
@@ -53,6 +58,7 @@ class Chunk:
         tokens: how many tokens were generated.
         seconds: how long generating took.
         metrics: what the reward functions logged, means over the rows.
+        halved: how often rows were split because they did not fit into memory.
     """
 
     rewards: list[float]
@@ -60,6 +66,7 @@ class Chunk:
     tokens: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    halved: int = 0
 
     @classmethod
     def join(cls, chunks: Sequence[Chunk]) -> Chunk:
@@ -74,6 +81,7 @@ class Chunk:
             sum(chunk.tokens for chunk in chunks),
             sum(chunk.seconds for chunk in chunks),
             metrics,
+            sum(chunk.halved for chunk in chunks),
         )
 
 
@@ -85,9 +93,31 @@ def evaluate_chunk(task: Task, search: Search, step: int, chosen: list[int], row
         rows: which rows.
         state: the `TrainerState` that reward functions are shown.
 
+    Rows that do not fit into memory are split in two, and those again.
+
     Raises:
         RewardError: a reward function failed.
     """
+    try:
+        return _evaluate_rows(task, search, step, chosen, rows, state)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not _is_out_of_memory(error):
+            raise
+    # Outside of the handler: while it is handled, the exception keeps what was computed so far alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = rows.start + len(rows) // 2
+    halves = [range(rows.start, middle), range(middle, rows.stop)]
+    joined = Chunk.join([evaluate_chunk(task, search, step, chosen, half, state) for half in halves])
+    return dataclasses.replace(joined, halved=joined.halved + 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU allocator has no error class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _evaluate_rows(task: Task, search: Search, step: int, chosen: list[int], rows: range, state: Any) -> Chunk:
     candidates = search.ask(step)
     rollout = generate(
         task.model,
@@ -112,25 +142,42 @@ def evaluate_chunk(task: Task, search: Search, step: int, chosen: list[int], row
     return Chunk(rated.tolist(), answers, rollout.tokens, rollout.seconds, dict(task.rewards.metrics))
 
 
-def score_answers(
-    task: Task, search: Search, answers: Sequence[Answer], members: np.ndarray, offsets: np.ndarray
-) -> list[float]:
-    """`Strategy.tell`'s question, `Score`, about these answers: how likely is each member's, at an offset of its own?"""
+def score_chunk(
+    task: Task,
+    search: Search,
+    chosen: list[int],
+    rows: range,
+    answers: Sequence[Answer],
+    members: np.ndarray,
+    offsets: np.ndarray,
+) -> tuple[np.ndarray, list[float]]:
+    """`Strategy.tell`'s question, `Score`, as far as it is about members that gave their first answer in this chunk.
+
+    Args:
+        chosen, rows, answers: what the chunk was, and what came of it.
+        members, offsets: the question: how likely is each member's answer, at an offset of its own?
+
+    Returns:
+        Places in the question, ascending, and the scores that belong there.
+    """
+    places = np.flatnonzero(np.isin(members, search.starting(rows, len(chosen))))
+    if not len(places):
+        return places, []
     first = {answer.member: answer for answer in reversed(answers)}
-    asked = [first[member] for member in members.tolist()]
-    chosen = list({answer.prompt: None for answer in asked})
+    asked = [first[member] for member in members[places].tolist()]
     encoded = dict(
         zip(chosen, task.processing_class([task.prompts.texts[i] for i in chosen])["input_ids"], strict=True)
     )
-    return log_probabilities(
+    scores = log_probabilities(
         task.model,
         [encoded[answer.prompt] for answer in asked],
         [answer.token_ids for answer in asked],
         space=search.space,
-        values=torch.from_numpy(offsets),
+        values=torch.from_numpy(offsets[places]),
         temperature=search.temperature or 1.0,
         row_budget=task.row_budget,
-    ).tolist()
+    )
+    return places, scores.tolist()
 
 
 class Local:
@@ -138,7 +185,8 @@ class Local:
 
     def __init__(self, task: Task, search: Search) -> None:
         self._task, self._search = task, search
-        self._answers: list[Answer] = []
+        self._chosen: list[int] = []
+        self._answers: dict[range, list[Answer]] = {}
 
     def evaluate(self, step: int, chosen: list[int], state: Any = None) -> Chunk:
         """All rows of generation ``step``.
@@ -146,11 +194,31 @@ class Local:
         Raises:
             RewardError: a reward function failed.
         """
-        chunks = self._search.chunks(len(chosen))
-        chunk = Chunk.join([evaluate_chunk(self._task, self._search, step, chosen, rows, state) for rows in chunks])
-        self._answers = chunk.answers
-        return chunk
+        rows = self._search.chunks(len(chosen))
+        chunks = {part: evaluate_chunk(self._task, self._search, step, chosen, part, state) for part in rows}
+        self._chosen, self._answers = chosen, {part: chunk.answers for part, chunk in chunks.items()}
+        return Chunk.join(list(chunks.values()))
 
     def score(self, members: np.ndarray, offsets: np.ndarray) -> list[float]:
         """`Score`, about the generation evaluated last."""
-        return score_answers(self._task, self._search, self._answers, members, offsets)
+        scores = np.empty(len(members))
+        for rows, answers in self._answers.items():
+            places, values = score_chunk(self._task, self._search, self._chosen, rows, answers, members, offsets)
+            scores[places] = values
+        return scores.tolist()
+
+    def measure(self, state: Any = None) -> dict[str, float]:
+        """`essa.evaluate.evaluate` of the search's solution."""
+        task = self._task
+        assert task.eval_prompts is not None, "measure needs prompts to evaluate on"
+        return evaluate(
+            task.model,
+            task.processing_class,
+            task.eval_prompts,
+            task.rewards,
+            space=self._search.space,
+            values=POINT,
+            max_new_tokens=task.max_new_tokens,
+            row_budget=task.row_budget,
+            trainer_state=state,
+        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import signal
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ import typer
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
 from essa.trdpo.settings import COMMAND_FILE, CommandSettings
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 app = typer.Typer(
     name="essa",
@@ -91,7 +93,7 @@ def _add_defaults(context: typer.Context, settings: dict[str, Any]) -> None:
 def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
     """Register a command; its `**settings` become one option for each field of the `settings` dataclass.
 
-    Bad input ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130.
+    Bad input ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130, SIGTERM with 143.
     """
 
     def register(function: Callable) -> Callable:
@@ -108,10 +110,13 @@ def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
 
         def run(**values: Any) -> None:
             try:
-                function(**values)
+                with _stopped_by_sigterm():
+                    function(**values)
             except InputError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(EXIT_BAD_INPUT) from error
+            except _Terminated as signalled:
+                raise typer.Exit(EXIT_TERMINATED) from signalled
             except KeyboardInterrupt as interrupt:
                 raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
@@ -123,18 +128,35 @@ def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
     return register
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is treated as Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _options(settings: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(settings)
     options = []
     for field in dataclasses.fields(settings):
-        names = [f"--{field.name}/--no_{field.name}" if hints[field.name] is bool else f"--{field.name}"]
+        hint = str if field.metadata.get("auto") else hints[field.name]
+        names = [f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}"]
         required = field.default is dataclasses.MISSING
         options.append(
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if required else field.default,
-                annotation=Annotated[hints[field.name], typer.Option(*names, help=field.metadata["help"])],
+                annotation=Annotated[hint, typer.Option(*names, help=field.metadata["help"])],
             )
         )
     return options
@@ -221,17 +243,18 @@ def align(
     if eval_split is not None:
         train, evaluation = split_rows(train, eval_split, args.seed)
     _quiet()
-    from essa.models import load_base
+    from essa.models import ModelSource
     from essa.trainer import ESSATrainer
 
-    base, tokenizer = load_base(
+    source = ModelSource(
         model_name_or_path,
+        adapter,
         dtype=args.dtype,
         quantization=args.quantization,
         device=args.device,
         trust_remote_code=trust_remote_code,
     )
-    trainer = ESSATrainer(base, reward, args, train, evaluation, tokenizer, adapter=adapter)
+    trainer = ESSATrainer(source, reward, args, train, evaluation)
     trainer.about["command"] = {
         "model_name_or_path": _absolute(model_name_or_path),
         "adapter": _absolute(adapter),
@@ -249,6 +272,8 @@ def align(
     if "eval_reward" in summary:
         typer.echo(f"evaluation: {summary['eval_reward_before']:.3f} -> {summary['eval_reward']:.3f}")
     typer.echo(f"{summary['samples']:,} samples in {summary['seconds']:.1f} s")
+    if "bytes_per_worker" in summary:
+        typer.echo(f"network: at most {summary['bytes_per_worker']:,} bytes per worker and generation")
     output = trainer.search.space.output
     typer.echo(f"{output + ':':<8} {folder / output}\nreport:  {folder / 'report.html'}")
 
@@ -445,6 +470,59 @@ def demo(
 
 
 @_command()
+def plan(
+    model_name_or_path: Model,
+    gpus: Annotated[int, typer.Option("--gpus", help="Workers to plan for, one GPU each.", min=1)] = 1,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="Kind of GPU: a100, h100, h200 or l4; measure: rates of this machine.")
+    ] = "h100",
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GiB of memory of a worker. Default: the GPU's.")
+    ] = None,
+    population_size: Annotated[int, typer.Option("--population_size", help="Members.", min=2)] = 96,
+    prompts_per_generation: Annotated[
+        int, typer.Option("--prompts_per_generation", help="Prompts that every member answers.", min=1)
+    ] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", help="Longest prompt, in tokens.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=2)
+    ] = 256,
+    row_budget: Annotated[
+        int | None,
+        typer.Option("--row_budget", help="Sequences to a chunk. Default: as many as fit, for one chunk a GPU."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option("--quantization", help="int8, int4 or none.")] = "none",
+    trust_remote_code: TrustRemoteCode = False,
+    config: Config = None,
+) -> None:
+    """Plan a run on paper: memory, chunks, seconds per generation, and scaling from 1 to 1024 workers.
+
+    Tables go to stderr, the same numbers as JSON to stdout. Only --gpu measure loads the model's weights.
+    """
+    from essa.plan import plan as make_plan
+
+    _quiet()
+    result = make_plan(
+        model_name_or_path,
+        gpus=gpus,
+        gpu=gpu,
+        memory=memory,
+        members=population_size,
+        prompts=prompts_per_generation,
+        prompt_tokens=prompt_tokens,
+        new_tokens=max_new_tokens,
+        row_budget=row_budget,
+        dtype=dtype,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_table({name: value for name, value in result.items() if name != "scaling"})
+    _print_rows(result["scaling"])
+    typer.echo(json.dumps(result))
+
+
+@_command()
 def info() -> None:
     """Show which kernels serve this machine, and why the others do not. Attach it to a bug report."""
     import essa_kernels
@@ -461,6 +539,16 @@ def _print_table(rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         shown = ", ".join(value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else value
         table.add_row(name, str(shown))
+    Console(stderr=True).print(table)
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:,.4g}" for value in row.values()))
     Console(stderr=True).print(table)
 
 

@@ -26,9 +26,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" - did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def setting(default: Any, help: str, *, fixed: bool = False) -> Any:
-    """A field with help. `fixed` settings decide the candidates or their rewards, so a resumed run must keep them."""
-    return field(default=default, metadata={"help": help, "fixed": fixed})
+def setting(default: Any, help: str, *, fixed: bool = False, auto: bool = False) -> Any:
+    """A field with help. `fixed` settings decide the candidates or their rewards, so a resumed run must keep them.
+    `auto` ones may also be given as "auto", until the trainer knows better."""
+    return field(default=default, metadata={"help": help, "fixed": fixed, "auto": auto})
 
 
 PARAMETRIZATIONS = ("svd", "lora", "lowrank", "full")
@@ -165,12 +166,21 @@ class ESSAConfig(_Settings):
         fixed=True,
     )
     row_budget: int = setting(
-        256, "Most sequences decoded in one batch. Members are split into chunks of at most this many.", fixed=True
+        256,
+        "Most sequences decoded in one batch. Members are split into chunks of at most this many. auto: the fastest that "
+        "fits, measured at the start.",
+        fixed=True,
+        auto=True,
     )
     seed: int = setting(0, "Seed of everything random: same seed, same machine, same adapter.", fixed=True)
     reward_weights: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of each reward function in the sum. Default: 1 each.", "fixed": True},
+    )
+    reward_timeout: float | None = setting(
+        None,
+        "Seconds a reward function may take for one completion. Then completions are rated one at a time, and the one "
+        "that takes longer is named. Default: no limit.",
     )
     eval_steps: int = setting(
         10,
@@ -195,6 +205,22 @@ class ESSAConfig(_Settings):
         fixed=True,
     )
     device: str = setting("auto", "Device of a model given by name: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    num_workers: int = setting(
+        0,
+        "Ray workers that evaluate the population's chunks of row_budget sequences, each on a model of its own. 0: "
+        "evaluate in this process.",
+    )
+    ray_address: str | None = setting(
+        None,
+        "Ray cluster to find workers on: auto or host:port. Default: workers on this machine alone, reachable from it "
+        "alone.",
+    )
+    gpus_per_worker: float | None = setting(
+        None, "GPUs of a Ray worker, at most 1; a fraction shares one. Default: 1 where the cluster has GPUs, else 0."
+    )
+    threads_per_worker: int = setting(
+        1, "CPU threads of a Ray worker. Keep it: the number of threads may show in a product's last bits."
+    )
 
     def __post_init__(self) -> None:
         self._check_path("output_dir")
@@ -229,18 +255,35 @@ class ESSAConfig(_Settings):
         self._check_int("max_new_tokens", 1)
         if self.temperature is not None:
             self._check_float("temperature", at_least=0.0)
-        self._check_int("row_budget", 1)
+        row_budget: Any = self.row_budget
+        if isinstance(row_budget, str) and row_budget.isdecimal():
+            self.row_budget = int(row_budget)
+        if row_budget != "auto":
+            self._check_int("row_budget", 1)
+        elif self.num_workers:
+            raise InputError("row_budget must be a number with num_workers: auto measures in this process")
         self._check_int("seed", 0, 2**64 - 1)
         if self.reward_weights is not None:
             if not isinstance(self.reward_weights, (list, tuple)) or not all(map(_is_finite, self.reward_weights)):
                 raise InputError(f"reward_weights must be a list of finite numbers, got {self.reward_weights!r}")
             self.reward_weights = [float(weight) for weight in self.reward_weights]
+        if self.reward_timeout is not None:
+            self._check_float("reward_timeout", above=0.0)
         self._check_int("eval_steps", 0)
         self._check_int("save_steps", 0)
         self._check_int("logging_steps", 1)
         self._check_choice("report_to", REPORTERS)
         self._check_choice("dtype", DTYPES)
         self._check_choice("quantization", QUANTIZATIONS)
+        self._check_int("num_workers", 0)
+        self._check_int("threads_per_worker", 1)
+        if self.gpus_per_worker is not None:
+            self._check_float("gpus_per_worker", at_least=0.0, at_most=1.0)
+        if self.ray_address is not None:
+            if not isinstance(self.ray_address, str) or not self.ray_address:
+                raise InputError(f"ray_address must be auto or host:port, got {self.ray_address!r}")
+            if self.num_workers == 0:
+                raise InputError("ray_address needs num_workers of at least 1")
         for name in ("load_best_model_at_end", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from essa.config import InputError
+from essa.hub import offline_note, reach_hub
 
 # A site of its own, in the range the noise contract keeps for uses that are not a layer.
 PROMPT_SITE = 2**30 - 3
@@ -92,11 +93,13 @@ def _read_hub(name: str, split: str, argument: str) -> list[dict[str, Any]]:
         raise InputError(
             f"{argument} {name!r} is not a local file; reading it from the hub needs `pip install datasets`"
         ) from error
+    reach_hub(name)
     try:
         return list(datasets.load_dataset(name, split=split))
     except Exception as error:
         raise InputError(
-            f"{argument} {name!r} is neither a local file nor a dataset the hub gave us (split {split!r}): {error}"
+            f"{argument} {name!r} is neither a local file nor a dataset the hub gave us (split {split!r}): "
+            f"{error}{offline_note()}"
         ) from error
 
 

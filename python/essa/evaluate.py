@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -60,6 +61,40 @@ def evaluate(
         RewardError: a reward function failed.
     """
     started = time.perf_counter()
+    rated, tokens = complete_and_rate(
+        model,
+        processing_class,
+        prompts,
+        rewards,
+        space=space,
+        values=values,
+        max_new_tokens=max_new_tokens,
+        row_budget=row_budget,
+        trainer_state=trainer_state,
+    )
+    return {
+        "reward": float(rated.mean()),
+        "samples": len(rated),
+        "tokens": tokens,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def complete_and_rate(
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    rewards: Rewards,
+    *,
+    space: Any,
+    values: Any,
+    max_new_tokens: int,
+    row_budget: int,
+    rows: range | None = None,
+    trainer_state: Any = None,
+) -> tuple[np.ndarray, int]:
+    """The rewards of the prompts ``rows`` (None: all), completed greedily, and how many tokens that took."""
+    rows = range(len(prompts)) if rows is None else rows
     rollout = generate(
         model,
         processing_class,
@@ -68,15 +103,10 @@ def evaluate(
         values=values,
         max_new_tokens=max_new_tokens,
         row_budget=row_budget,
+        rows=rows,
     )
     answers = [
-        Answer(0, place, completion.text, completion.token_ids)
-        for place, completion in enumerate(rollout.completions[0])
+        Answer(0, row, completion.text, completion.token_ids)
+        for row, completion in zip(rows, rollout.completions[0], strict=True)
     ]
-    rated = rewards(prompts, answers, trainer_state)
-    return {
-        "reward": float(rated.mean()),
-        "samples": len(answers),
-        "tokens": rollout.tokens,
-        "seconds": time.perf_counter() - started,
-    }
+    return rewards(prompts, answers, trainer_state), rollout.tokens

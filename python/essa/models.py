@@ -5,9 +5,12 @@ Weights are read from safetensors only, and code that comes with a model is run 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.config import DTYPES, InputError
+from essa.hub import offline_note, reach_hub
 from essa.quantization import check_quantised, check_quantization, quantization_config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -35,6 +39,33 @@ def pick_device(device: str) -> torch.device:
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return picked
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model and its warm start come from: what it takes to load the same in any process."""
+
+    name: str
+    adapter: str | None
+    dtype: str = "auto"
+    quantization: str = "none"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, *, of_weights: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The model `with_adapter`, and its tokenizer.
+
+        Raises:
+            InputError: one of them cannot be loaded.
+        """
+        base, tokenizer = load_base(
+            self.name,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return with_adapter(base, self.adapter, of_weights=of_weights), tokenizer
 
 
 def load_base(
@@ -55,6 +86,7 @@ def load_base(
     dtype = check_quantization(quantization, dtype)
     target = pick_device(device)
     config = quantization_config(quantization, target)
+    reach_hub(name)
     try:
         if config is not None and _arrives_quantised(name, trust_remote_code):
             raise InputError(f"model_name_or_path {name!r} is quantised already: leave quantization at none")
@@ -70,7 +102,7 @@ def load_base(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
+        raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}{offline_note()}") from error
     if config is not None:
         check_quantised(model, quantization)
     return model.eval(), tokenizer
@@ -129,21 +161,50 @@ def merge_adapter(model: Any) -> Any:
     return model.merge_and_unload(adapter_names=[adapter_name(model)])
 
 
+def with_adapter(model: Any, adapter: str | None, *, of_weights: bool) -> Any:
+    """The model as a search takes it: carrying its LoRA adapter; where it is `of_weights`, that is merged, if there is one.
+
+    Raises:
+        InputError: there is no adapter though one is needed, or it does not fit.
+    """
+    if not has_lora(model) and not (of_weights and adapter is None):
+        model = load_adapter(model, adapter)
+    return merge_adapter(model) if of_weights and has_lora(model) else model
+
+
 def _adapter_folder(adapter: str) -> Path:
     folder = Path(adapter)
     if folder.is_dir():
         return folder
     if folder.exists() or adapter.startswith((".", "/")):
         raise InputError(f"adapter {adapter!r} is not a folder; {MAKE_ADAPTER}")
+    reach_hub(adapter)
     try:
         return Path(snapshot_download(adapter, allow_patterns=list(ADAPTER_FILES)))
     except (OSError, ValueError) as error:
-        raise InputError(f"adapter {adapter!r} is neither a folder nor on the hub: {error}; {MAKE_ADAPTER}") from error
+        raise InputError(
+            f"adapter {adapter!r} is neither a folder nor on the hub: {error}{offline_note()}; {MAKE_ADAPTER}"
+        ) from error
 
 
 def bare(model: Any) -> Any:
     """The transformers model inside a PeftModel, or the model itself. It keeps its LoRA layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def whole_head_input(model: Any) -> Iterator[None]:
+    """Inside, the model's output head is given its input in one piece.
+
+    A model asked for its last logits only hands the head a view of its hidden states. Where the head's weight is frozen,
+    `torch.nn.functional.linear` multiplies such a view sequence by sequence, and in bfloat16 on the CPU it makes a copy
+    of the weight for each: gigabytes, for nothing.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def has_lora(model: Any) -> bool:

@@ -21,6 +21,11 @@ COLUMNS = (
 )
 
 
+def stderr_console() -> Console:
+    """Where a run's messages go."""
+    return Console(file=sys.stderr, highlight=False)
+
+
 @final
 class Progress:
     """Shows generation, best and mean reward, evaluation, throughput and the time left, on stderr.
@@ -43,7 +48,7 @@ class Progress:
         console: Console | None = None,
     ) -> None:
         self._state, self._enabled = state, enabled
-        self._console = console or Console(file=sys.stderr, highlight=False)
+        self._console = console or stderr_console()
         self._live: LiveProgress | None = None
         self._task: Any = None
         self._eval = metrics

@@ -181,6 +181,9 @@ def _own_tables(run: Run) -> list[Table]:
             ("samples per second", f"{samples / seconds:,.0f}"),
             ("tokens per second", f"{tokens / seconds:,.0f}"),
         ]
+    network = [record["bytes_per_worker"] for record in steps if "bytes_per_worker" in record]
+    if network:
+        throughput.append(("most bytes per Ray worker and generation", f"{max(network):,}"))
     facts = {"model": run.about["model"], "rewards": ", ".join(run.identity["rewards"])}
     facts |= {"searched values": run.identity["model"]["searched_values"]}
     settings = {**facts, **run.about["settings"], **run.identity["settings"]}

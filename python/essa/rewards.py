@@ -7,13 +7,15 @@ conversational ones each is `[{"role": "assistant", "content": ...}]`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import math
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +138,13 @@ class Rewards:
     A function may return None for a completion it has no opinion on; at least one function must have one.
     """
 
-    def __init__(self, reward_funcs: str | Reward | Sequence[str | Reward], weights: Sequence[float] | None) -> None:
+    def __init__(
+        self,
+        reward_funcs: str | Reward | Sequence[str | Reward],
+        weights: Sequence[float] | None,
+        timeout: float | None = None,
+    ) -> None:
+        """`timeout`: the seconds a function that is not built in may take for one completion."""
         if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence):
             reward_funcs = [reward_funcs]
         if not reward_funcs:
@@ -147,6 +155,7 @@ class Rewards:
         self._weights = [1.0] * len(found) if weights is None else list(weights)
         if len(self._weights) != len(found):
             raise InputError(f"reward_weights must have {len(found)} numbers, one a function, got {len(self._weights)}")
+        self._timeout = timeout
         self.metrics: dict[str, float] = {}
 
     def check_columns(self, prompts: Prompts) -> None:
@@ -199,8 +208,11 @@ class Rewards:
         def call(batch: list[Answer]) -> list:
             return list(function(**_arguments(prompts, batch), trainer_state=trainer_state, log_metric=log_metric))
 
+        limited = self._timeout is not None and function not in BUILT_IN.values()
         try:
-            values = call(answers)
+            values = self._one_at_a_time(name, call, prompts, answers) if limited else call(answers)
+        except RewardError:
+            raise
         except Exception as error:
             culprit = _first_failing(call, answers)
             where = _where(prompts, culprit) if culprit else f"a batch of {len(answers)} completions"
@@ -211,6 +223,43 @@ class Rewards:
                 f"the batch began with {_where(prompts, answers[0])}"
             )
         return [_finite(name, value, prompts, answer) for value, answer in zip(values, answers, strict=True)]
+
+    def _one_at_a_time(
+        self, name: str, call: Callable[[list[Answer]], list], prompts: Prompts, answers: list[Answer]
+    ) -> list:
+        values: list = []
+        assert self._timeout is not None, "no limit, no need"
+        for answer in answers:
+            try:
+                with _time_limit_of(self._timeout):
+                    values += call([answer])
+            except _TookTooLong:
+                raise RewardError(
+                    f"reward {name!r} took longer than reward_timeout, {self._timeout:g} s, on {_where(prompts, answer)}"
+                ) from None
+        return values
+
+
+@contextlib.contextmanager
+def _time_limit_of(seconds: float) -> Iterator[None]:
+    """Raises `_TookTooLong` in what runs inside, however it waits. Python delivers signals to the main thread only."""
+
+    def too_long(*_: object) -> None:
+        raise _TookTooLong
+
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError("reward_timeout needs the search to run in the main thread")
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _TookTooLong(BaseException):
+    """Not an Exception: a reward function that swallows those is to be stopped too."""
 
 
 def _arguments(prompts: Prompts, answers: list[Answer]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import essa_kernels
 from essa.config import InputError
-from essa.models import bare, context_length
+from essa.models import bare, context_length, whole_head_input
 from essa_kernels.nn import Parametrization, Population, SVDLoRA
 from essa_kernels.noise import SAMPLING_SITE
 
@@ -121,7 +121,7 @@ def generate(
     decoder = _Decoder(base, ends, max_new_tokens)
     key = essa_kernels.NoiseKey(seed, generation, SAMPLING_SITE)
     generated: list[list[int]] = []
-    with torch.inference_mode(), _evaluating(base):
+    with torch.inference_mode(), _evaluating(base), whole_head_input(base):
         for part in batches(rows, row_budget, None if space is None or space.batched else len(prompts)):
             batch = [owners[row] for row in part]
             pick = _Sampler(key, batch, len(prompts), max_new_tokens, temperature) if temperature else _greedy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from essa.models import bare
+from essa.models import bare, whole_head_input
 from essa_kernels.nn import Parametrization, SVDLoRA
 
 # A batch is cut where its logits would have more elements than this: 1 GiB in float32.
@@ -44,7 +44,7 @@ def log_probabilities(
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
     step = min(row_budget, max(1, MAX_LOGITS // (longest * vocabulary)))
     scores = []
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_head_input(base):
         for start in range(0, len(values), step):
             rows = slice(start, start + step)
             with space.attach(values[rows]) as population:

@@ -6,8 +6,9 @@ rewards and, where the strategy asked for them, their scores. Nothing else of it
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,16 +93,24 @@ class Search:
             self._asked = generation, asked if isinstance(asked, Perturbed) else torch.from_numpy(asked)
         return self._asked[1]
 
+    def rows(self, prompts: int) -> int:
+        """How many completions a generation of so many prompts takes."""
+        members = self._args.population_size
+        return members if self.strategy.assignment == "per_prompt" else members * prompts
+
     def chunks(self, prompts: int) -> list[range]:
         """The rows of a generation of so many prompts, one a completion, cut into what is evaluated at a time: at the row
         budget and, where the parametrisation computes one member at a time, between members. Nothing else decides."""
-        members = self._args.population_size
-        rows = range(members if self.strategy.assignment == "per_prompt" else members * prompts)
-        return batches(rows, self._args.row_budget, None if self.space.batched else prompts)
+        return batches(range(self.rows(prompts)), self._args.row_budget, None if self.space.batched else prompts)
 
     def owners(self, rows: range, prompts: int) -> Iterator[tuple[int, int]]:
         """The member that gives each row of a generation, and the place of the prompt it answers."""
         return owners_of(rows, self.strategy.assignment, self._args.population_size, prompts)
+
+    def starting(self, rows: range, prompts: int) -> list[int]:
+        """The members whose first completion is among these rows."""
+        before = {member for member, _ in self.owners(range(max(rows.start - 1, 0), rows.start), prompts)}
+        return [member for member in dict.fromkeys(m for m, _ in self.owners(rows, prompts)) if member not in before]
 
     def digest(self, generation: int) -> str:
         """Identifies the candidates of a generation in a checkpoint: the offsets; or key, sigma and a probe of the point."""
@@ -129,6 +138,27 @@ class Search:
         rewards = np.array(record["rewards"], dtype=np.float64)
         self.tell(record["generation"], rewards, lambda *_: np.array(next(recorded)))
         return same
+
+    def asked(
+        self, generation: int, rewards: np.ndarray, scores: Sequence[Sequence[float]]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """What `tell` would ask its `Score`, the answers to its first questions being known: (members, offsets).
+
+        None if it asks no further. The search stays as it is.
+        """
+        known = iter(scores)
+
+        def score(members: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+            answer = next(known, None)
+            if answer is None:
+                raise _Asked(members, offsets)
+            return np.array(answer)
+
+        try:
+            copy.deepcopy(self.strategy).tell(generation, rewards, score)
+        except _Asked as asked:
+            return asked.question
+        return None
 
     def keep(self) -> list[torch.Tensor]:
         """A copy of what has been found so far, for `take`."""
@@ -171,6 +201,16 @@ def find_space(name: str) -> Callable[..., Parametrization]:
         InputError: there is none of that name.
     """
     return SPACES[name] if name in SPACES else import_named("parametrization", name, "class")
+
+
+def of_weights(args: ESSAConfig) -> bool:
+    """Whether the parametrisation is one of the model's own weights, and not of its adapter."""
+    return getattr(find_space(args.parametrization), "output", "model") != "adapter"
+
+
+class _Asked(Exception):
+    def __init__(self, members: np.ndarray, offsets: np.ndarray) -> None:
+        self.question = members, offsets
 
 
 def make_space(model: torch.nn.Module, args: ESSAConfig) -> Parametrization:

@@ -6,11 +6,13 @@ passes, the reward functions rate the answers, the strategy is told. The call sh
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 import essa_kernels
-from essa.checkpoint import Run
+from essa.checkpoint import RUN_FILE, Run, SaveError
 from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
-from essa.evaluate import check_prompts, evaluate
-from essa.models import fingerprint, has_lora, load_adapter, load_base, load_tokenizer, merge_adapter
-from essa.progress import Progress
+from essa.evaluate import check_prompts
+from essa.models import ModelSource, fingerprint, has_lora, load_tokenizer, with_adapter
+from essa.progress import Progress, stderr_console
 from essa.rewards import Reward, RewardError, Rewards
-from essa.search import Search, find_space
-from essa_kernels.nn import POINT
+from essa.row_budget import choose_row_budget
+from essa.search import Search, of_weights
+from essa.workers import Recipe, WorkerError, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ class ESSATrainer:
     """Search the singular values of a LoRA adapter, or what else `args.parametrization` names, for the highest reward.
 
     Args:
-        model: name or folder of a base model, a `PeftModel`, or a transformers model that carries a LoRA adapter.
+        model: name or folder of a base model, a `ModelSource`, a `PeftModel`, or a transformers model that carries a LoRA
+            adapter.
         reward_funcs: one or more reward functions with TRL's signature, built-in names (`exact_match`, `math`) or
             `path.to.module:function`.
         args: the settings; None takes the defaults and writes to `<model>-ESSA`.
@@ -57,7 +61,7 @@ class ESSATrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | ModelSource | PreTrainedModel | PeftModel,
         reward_funcs: str | Reward | Sequence[str | Reward],
         args: ESSAConfig | None = None,
         train_dataset: Any = None,
@@ -70,8 +74,9 @@ class ESSATrainer:
             name: str = model if isinstance(model, str) else _model_name(model)
             args = ESSAConfig(output_dir=f"{Path(name).name}-ESSA")
         self.args = args
-        self.rewards = Rewards(reward_funcs, args.reward_weights)
-        self.model, self.processing_class = _load(model, adapter, processing_class, args)
+        self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
+        source = _source(model, adapter, args)
+        self.model, self.processing_class = _load(model, adapter, processing_class, source, args)
         if train_dataset is None:
             raise InputError("train_dataset must be given")
         check = functools.partial(
@@ -85,22 +90,52 @@ class ESSATrainer:
         self.eval_prompts: Prompts | None = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
         self._sampler = PromptSampler(len(self.train_prompts), args.prompts_per_generation, args.seed)
         self.search = Search(self.model, args)
+        if args.row_budget == "auto":  # type: ignore[comparison-overlap]
+            args.row_budget = self._choose_row_budget()
         self._fingerprint = fingerprint(self.model)
         task = Task(
             self.model,
             self.processing_class,
             self.train_prompts,
+            self.eval_prompts,
             self.rewards,
             args.max_new_tokens,
             args.seed,
             args.row_budget,
         )
-        self._evaluator = Local(task, self.search)
+        self._evaluator: Local | Workers = Local(task, self.search)
+        self._workers: Workers | None = None
+        if args.num_workers:
+            if source is None:
+                raise InputError("num_workers needs a model given by name: every worker loads its own")
+            self._workers = Workers(
+                Recipe(source, args, processing_class, self.train_prompts, self.eval_prompts, reward_funcs), self.search
+            )
         self.callbacks = _make_callbacks(callbacks, args.report_to)
         self.about: dict[str, Any] = {}
         """Further facts for `run.json`, such as the command that started the run."""
         self._reset()
         self._emit("on_init_end")
+
+    def _choose_row_budget(self) -> int:
+        """What the run in `output_dir` was started with, or the fastest here and now."""
+        args = self.args
+        if Path(args.output_dir, RUN_FILE).exists():
+            return Run.read(args.output_dir).identity["settings"]["row_budget"]
+        rows, rates = choose_row_budget(
+            self.model,
+            self.processing_class,
+            self.search.space,
+            self.train_prompts.texts,
+            most=self.search.rows(args.prompts_per_generation),
+            max_new_tokens=args.max_new_tokens,
+        )
+        if args.progress:
+            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
+            stderr_console().print(
+                f"row_budget auto: {rows} sequences to a batch (tokens/s for each size tried: {tried})", soft_wrap=True
+            )
+        return rows
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Run the search and write `output_dir/adapter` (or `output_dir/model`) and the report.
@@ -111,11 +146,14 @@ class ESSATrainer:
 
         Returns:
             `generations`, `samples`, `tokens`, `seconds` (of the search, evaluations aside) and, with an evaluation
-            set, `eval_reward_before`, `eval_reward` (of the saved adapter).
+            set, `eval_reward_before`, `eval_reward` (of the saved adapter); with Ray workers `bytes_per_worker`, the most
+            that a worker sent and got in a generation.
 
         Raises:
             InputError: the run cannot be started or resumed.
             RewardError: a reward function failed. The run can be resumed.
+            SaveError: the disk is full, for instance. The run can be resumed.
+            WorkerError: Ray workers keep dying. The run can be resumed.
             KeyboardInterrupt: passed on. The run can be resumed.
         """
         self._reset()
@@ -127,15 +165,18 @@ class ESSATrainer:
             with Progress(self.args, self.state, metrics, enabled=self.args.progress) as progress:
                 self._emit("on_train_begin")
                 try:
-                    self._search(run, progress)
-                except RewardError as error:
-                    raise RewardError(f"{error}\n{self._how_to_resume()}") from error
+                    with self._working():
+                        self._search(run, progress)
+                    if self._best is not None:
+                        self.search.take(self._best)
+                    self.save_model()
+                except (RewardError, WorkerError) as error:
+                    raise type(error)(f"{error}\n{self._how_to_resume()}") from error
+                except OSError as error:
+                    raise SaveError(f"the run cannot be written: {error}\n{self._how_to_resume()}") from error
                 except KeyboardInterrupt:
                     progress.say(self._how_to_resume())
                     raise
-                if self._best is not None:
-                    self.search.take(self._best)
-                self.save_model()
                 self.search.space.load_()
                 self._emit("on_train_end")
         finally:
@@ -157,6 +198,8 @@ class ESSATrainer:
 
     def _reset(self) -> None:
         self.search.reset()
+        if self._workers is not None:
+            self._workers.forget()
         self.state: TrainerState = TrainerState(
             max_steps=self.args.generations,
             logging_steps=self.args.logging_steps,
@@ -164,7 +207,7 @@ class ESSATrainer:
             save_steps=self.args.save_steps,
         )
         self.control = TrainerControl()
-        self.samples, self.tokens, self.seconds = 0, 0, 0.0
+        self.samples, self.tokens, self.seconds, self.bytes_per_worker = 0, 0, 0.0, 0
         self.evaluations: dict[int, dict[str, float]] = {}
         self._best: Any = None
 
@@ -256,11 +299,31 @@ class ESSATrainer:
         if self.state.global_step not in self.evaluations:
             self._evaluate(run, progress)
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """The workers are there inside, if there are to be any."""
+        if self._workers is None:
+            yield
+            return
+        local, self._evaluator = self._evaluator, self._workers
+        try:
+            with self._workers.working():
+                yield
+        finally:
+            self._evaluator = local
+
     def _generation(self, run: Run) -> dict[str, float]:
         started = time.perf_counter()
         step = self.state.global_step
         chosen = self._sampler.indices(step)
         chunk = self._evaluator.evaluate(step, chosen, self.state)
+        if chunk.halved:
+            logger.warning(
+                "generation %d: chunks of row_budget %d did not fit into memory and were halved, %d times; the run goes on",
+                step,
+                self.args.row_budget,
+                chunk.halved,
+            )
         rewards = np.array(chunk.rewards).reshape(self.args.population_size, -1)
         record = {
             "generation": step,
@@ -280,15 +343,20 @@ class ESSATrainer:
         self.search.tell(step, rewards, score)
         if scores:
             record["scores"] = scores
+        if isinstance(self._evaluator, Workers):
+            record |= self._evaluator.traffic()
         record["seconds"] = time.perf_counter() - started
         run.append(record)
         self._told(record)
         return {**self._metrics(record), **chunk.metrics}
 
     def _told(self, record: dict[str, Any]) -> None:
+        if self._workers is not None:
+            self._workers.told(record)
         self.samples += record["samples"]
         self.tokens += record["tokens"]
         self.seconds += record["seconds"]
+        self.bytes_per_worker = max(self.bytes_per_worker, record.get("bytes_per_worker", 0))
         self.state.global_step = record["generation"] + 1
         self.state.epoch = self._sampler.epoch(self.state.global_step)
 
@@ -327,17 +395,7 @@ class ESSATrainer:
     def _evaluation(self) -> dict[str, float]:
         if self.eval_prompts is None:
             raise InputError("evaluate() needs an eval_dataset")
-        return evaluate(
-            self.model,
-            self.processing_class,
-            self.eval_prompts,
-            self.rewards,
-            space=self.search.space,
-            values=POINT,
-            max_new_tokens=self.args.max_new_tokens,
-            row_budget=self.args.row_budget,
-            trainer_state=self.state,
-        )
+        return self._evaluator.measure(self.state)
 
     def _remember_evaluation(self, record: dict[str, Any]) -> None:
         step, evaluation = record["step"], record["evaluation"]
@@ -354,6 +412,8 @@ class ESSATrainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
+        if self.bytes_per_worker:
+            summary["bytes_per_worker"] = self.bytes_per_worker
         if self.evaluations:
             last = self.evaluations[self.state.global_step]["reward"]
             summary["eval_reward_before"] = self.evaluations[0]["reward"]
@@ -382,22 +442,34 @@ class ESSATrainer:
                 self.control = result
 
 
-def _load(
-    model: Any, adapter: str | None, processing_class: Any, args: ESSAConfig
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def _source(model: Any, adapter: str | None, args: ESSAConfig) -> ModelSource | None:
+    """Where a model given by name comes from; None for one that is there already."""
+    if isinstance(model, ModelSource):
+        return model
     if isinstance(model, str):
-        model, tokenizer = load_base(model, dtype=args.dtype, quantization=args.quantization, device=args.device)
-        processing_class = processing_class or tokenizer
-    elif not isinstance(model, torch.nn.Module):
+        return ModelSource(model, adapter, args.dtype, args.quantization, args.device)
+    return None
+
+
+def _load(
+    model: Any,
+    adapter: str | None,
+    processing_class: Any,
+    source: ModelSource | None,
+    args: ESSAConfig,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    if source is not None:
+        # Where workers do the computing, the GPUs are theirs.
+        own = dataclasses.replace(source, device="cpu") if args.num_workers else source
+        loaded, tokenizer = own.load(of_weights=of_weights(args))
+        return loaded, processing_class or tokenizer
+    if not isinstance(model, torch.nn.Module):
         raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
     if has_lora(model) and adapter is not None:
         raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
-    of_adapter = getattr(find_space(args.parametrization), "output", "model") == "adapter"
-    if not has_lora(model) and (of_adapter or adapter is not None):
-        model = load_adapter(model, adapter)
-    if not of_adapter and has_lora(model):
-        model = merge_adapter(model)
-    return model.eval(), processing_class or load_tokenizer(_model_name(model))
+    return with_adapter(model, adapter, of_weights=of_weights(args)).eval(), processing_class or load_tokenizer(
+        _model_name(model)
+    )
 
 
 def _model_name(model: Any) -> str:

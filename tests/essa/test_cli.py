@@ -173,15 +173,16 @@ def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path):
     assert resumed == whole
 
 
-def test_interrupting_tells_how_to_resume(align, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_tells_how_to_resume(align, tmp_path, sent, code):
     running = process(*without(align, "--generations"), "--generations", "100000")
     history = tmp_path / "run" / HISTORY_FILE
     while not (history.exists() and history.stat().st_size > 3000):
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     _, told = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert running.returncode == code
     assert f"--resume_from_checkpoint {tmp_path / 'run'}" in told
     assert "Traceback" not in told
 

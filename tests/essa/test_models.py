@@ -8,6 +8,10 @@ import torch
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
 from essa.models import context_length, fingerprint, load_adapter, load_base, pick_device
+from essa.rollout import generate
+from essa.scoring import log_probabilities
+
+from essa_kernels.nn import SVDLoRA
 
 
 @pytest.fixture
@@ -77,3 +81,18 @@ def test_devices_and_context(base):
     with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
         pick_device("gpu")
     assert context_length(base) == base.config.max_position_embeddings
+
+
+def test_the_head_is_given_its_input_in_one_piece(warm_start):
+    """Or a frozen weight is copied for every row: see `essa.models.whole_head_input`."""
+    base, tokenizer = load_base(str(BASE_MODEL))
+    model = load_adapter(base, warm_start)
+    given = []
+    hook = base.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: given.append(inputs[0]))
+    space = SVDLoRA.from_peft(model)
+    ids = tokenizer(["1+2=", "3+4="])["input_ids"]
+    generate(model, tokenizer, ["1+2=", "3+4="], max_new_tokens=2)
+    log_probabilities(model, ids, [[5, 6], [7, 8]], space=space, values=space.spectrum.repeat(2, 1))
+    hook.remove()
+    assert len(given) == 3 and all(x.shape[0] == 2 and x.is_contiguous() for x in given)
+    assert not base.get_output_embeddings()._forward_pre_hooks

@@ -18,6 +18,7 @@ def task_of(trainer, row_budget: int) -> Task:
         trainer.model,
         trainer.processing_class,
         trainer.train_prompts,
+        trainer.eval_prompts,
         trainer.rewards,
         args.max_new_tokens,
         args.seed,

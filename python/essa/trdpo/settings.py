@@ -89,7 +89,7 @@ class CommandSettings(MethodSettings):
         "all-linear", "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head."
     )
     dtype: str = setting("auto", "auto (as saved), float32, bfloat16 or float16.")
-    quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8, int4 or none.")
+    quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8 or none.")
     device: str = setting("auto", "auto (a GPU if there is one) or cpu.")
     learning_rate: float = setting(1e-6, "Step size of AdamW. LoRA adapters usually want 10 to 100 times the default.")
     lr_scheduler_type: str = setting("linear", "Schedule of the learning rate, by transformers' names.")
@@ -127,3 +127,5 @@ class CommandSettings(MethodSettings):
             self._check_int(name, 0)
         if self.quantization != "none" and self.lora_r == 0:
             raise InputError("quantization must be none with lora_r 0: the whole model cannot be trained quantised")
+        if self.quantization == "int4":
+            raise InputError("quantization must be int8 or none here: torchao's int4 products have no backward pass")

@@ -1,0 +1,228 @@
+"""ESSA on quantised bases: memory, tokens/s, and whether the gain survives.
+
+    python -m benchmarks.quantization [--seeds 0 1 2] [--parts demo large]
+
+The demo's model: from each seed's warm start, on each kind of base, the demo's search; accuracy on the test problems
+before and after. A random model of about 100 M parameters: memory and tokens/s. Kinds of base are measured in turns, so
+that whatever else the machine does slows all of them.
+`results/quantization.json` keeps the numbers, `.md` the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from essa.config import ESSAConfig
+from essa.demo import task
+from essa.demo.run import MAX_NEW_TOKENS, SEARCH, test_accuracy
+from essa.demo.warm_start import BASE_MODEL, make_warm_start
+from essa.models import ModelSource, load_base
+from essa.quantization import weight_bytes
+from essa.rollout import generate
+from essa.trainer import ESSATrainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from essa_kernels.nn import SVDLoRA
+
+RESULTS = Path(__file__).parent / "results" / "quantization"
+KINDS = (("none", "float32"), ("none", "bfloat16"), ("int8", "float32"), ("int8", "bfloat16"), ("int4", "bfloat16"))
+LARGE = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+TURNS = 3
+
+
+def demo_run(warm_start: Path, seed: int, quantization: str, dtype: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        args = ESSAConfig(
+            str(Path(folder, "run")),
+            seed=seed,
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=False,
+            **{**SEARCH, "eval_steps": 15},
+        )
+        trainer = ESSATrainer(
+            ModelSource(str(BASE_MODEL), str(warm_start), dtype=dtype, quantization=quantization),
+            "exact_match",
+            args,
+            task.rows(task.split("train")),
+            task.rows(task.split("validation")),
+        )
+        before = test_accuracy(trainer)
+        said = [completion.text for completion in greedy(trainer)]
+        trainer.train()
+        return {
+            "seed": seed,
+            "before": before,
+            "after": test_accuracy(trainer),
+            "bytes": weight_bytes(trainer.model.get_base_model()),
+            "said": said,
+        }
+
+
+def greedy(trainer: ESSATrainer) -> list[Any]:
+    prompts = [row["prompt"] for row in task.rows(task.split("test"))]
+    return generate(trainer.model, trainer.processing_class, prompts, max_new_tokens=MAX_NEW_TOKENS).completions[0]
+
+
+def speeds(sources: dict[str, tuple[Any, Any]], prompts: list[str], members: int, new_tokens: int) -> dict[str, float]:
+    """Tokens/s of a population on each model, the best of a few turns."""
+    best = dict.fromkeys(sources, 0.0)
+    spaces = {kind: SVDLoRA.from_peft(model) for kind, (model, _) in sources.items()}
+    for _ in range(TURNS):
+        for kind, (model, tokenizer) in sources.items():
+            space = spaces[kind]
+            values = space.spectrum.repeat(members, 1)
+            rollout = generate(
+                model, tokenizer, prompts, space=space, values=values, max_new_tokens=new_tokens, row_budget=64
+            )
+            best[kind] = max(best[kind], rollout.tokens / rollout.seconds)
+    return best
+
+
+def demo_part(seeds: list[int]) -> list[dict[str, Any]]:
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            warm_start = Path(folder, f"warm_start{seed}")
+            make_warm_start(warm_start, seed)
+            for quantization, dtype in KINDS:
+                run = demo_run(warm_start, seed, quantization, dtype)
+                runs.setdefault(f"{quantization} {dtype}", []).append(run)
+                print(quantization, dtype, {name: value for name, value in run.items() if name != "said"}, flush=True)
+        models = {
+            f"{quantization} {dtype}": ModelSource(
+                str(BASE_MODEL), str(warm_start), dtype=dtype, quantization=quantization
+            ).load()
+            for quantization, dtype in KINDS
+        }
+        rates = speeds(models, [row["prompt"] for row in task.rows(task.split("test")[:8])], 32, MAX_NEW_TOKENS)
+    exact = runs["none float32"]
+    rows = []
+    for kind, of_kind in runs.items():
+        differing = [
+            statistics.mean(a != b for a, b in zip(run["said"], reference["said"], strict=True))
+            for run, reference in zip(of_kind, exact, strict=True)
+        ]
+        rows.append(
+            {
+                "base": kind,
+                "bytes": of_kind[0]["bytes"],
+                "tokens_per_second": rates[kind],
+                "before": [run["before"] for run in of_kind],
+                "after": [run["after"] for run in of_kind],
+                "differing": differing,
+            }
+        )
+    return rows
+
+
+def large_part() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **LARGE))
+        parameters = sum(p.numel() for p in model.parameters())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(folder)
+        models = {}
+        for quantization, dtype in KINDS:
+            base, tokenizer = load_base(folder, dtype=dtype, quantization=quantization)
+            size = weight_bytes(base)
+            adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            models[f"{quantization} {dtype}"] = (adapted, tokenizer, size)
+        rates = speeds({kind: (m, t) for kind, (m, t, _) in models.items()}, ["1+1=" * 8] * 4, 16, 8)
+    return [
+        {"base": kind, "parameters": parameters, "bytes": size, "tokens_per_second": rates[kind]}
+        for kind, (_, _, size) in models.items()
+    ]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})"
+
+
+def tables(results: dict[str, Any]) -> str:
+    lines = [
+        (
+            f"torch {torch.__version__} on the CPU, {results['threads']} thread; means over {results['seeds']} seeds, with the "
+            "smallest and the largest. Tokens/s: best of three turns, and as a multiple of float32's. int8 and int4 are "
+            "torchao's, weights only; the adapter and the population's delta are in the base's dtype."
+        ),
+        "",
+        "Command: `python -m benchmarks.quantization`",
+        "",
+    ]
+    if demo := results.get("demo"):
+        exact = demo[0]["tokens_per_second"]
+        lines += [
+            "The demo's model (0.3 M parameters, a third of them not in quantised layers), its search of 45 generations:",
+            "",
+            "| base | MiB | tokens/s | accuracy before | accuracy after | gain | greedy completions unlike float32's |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in demo:
+            gain = [after - before for before, after in zip(row["before"], row["after"], strict=True)]
+            lines.append(
+                f"| {row['base']} | {row['bytes'] / 2**20:.2f} | {row['tokens_per_second']:,.0f} "
+                f"({row['tokens_per_second'] / exact:.2f}x) | {spread(row['before'])} | {spread(row['after'])} "
+                f"| {spread(gain)} | {statistics.mean(row['differing']):.1%} |"
+            )
+        lines.append("")
+    if large := results.get("large"):
+        exact = large[0]["tokens_per_second"]
+        lines += [
+            (
+                f"A random model of {large[0]['parameters'] / 1e6:.0f} M parameters, 16 members x 4 prompts of 32 tokens, 8 new "
+                "tokens, 64 rows to a batch:"
+            ),
+            "",
+            "| base | MiB | of float32's | tokens/s |",
+            "|---|---|---|---|",
+        ]
+        for row in large:
+            lines.append(
+                f"| {row['base']} | {row['bytes'] / 2**20:,.0f} | {row['bytes'] / large[0]['bytes']:.2f} "
+                f"| {row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / exact:.2f}x) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", nargs="+", default=["demo", "large"], choices=["demo", "large"])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = RESULTS.with_suffix(".json")
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"threads": options.threads}
+    if "demo" in options.parts:
+        results |= {"demo": demo_part(options.seeds), "seeds": len(options.seeds)}
+    if "large" in options.parts:
+        results |= {"large": large_part()}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(tables(results))
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Ray workers: throughput of one and two, the driver's share, bytes on the network, and what `essa plan` said.
+
+    python -m benchmarks.workers
+
+A random model of 0.5 B shapes in bfloat16, a thread to a worker; CMA-ES with a chunk of sequences for each of several
+rounds. The first generation of a run is left out: workers load and kernels get warm in it. The driver's share is its
+own processor time during the other generations against their duration. The plan is made from rates measured in this
+process, on one thread.
+`results/workers.json` keeps the numbers, `.md` the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from essa import ESSAConfig, ESSATrainer
+from essa.checkpoint import Run
+from essa.models import ModelSource
+from essa.plan import Job, generation_seconds, measure_rates
+from transformers import TrainerCallback
+
+from benchmarks.memory import build, no_reward, with_lora
+
+RESULTS = Path(__file__).parent / "results" / "workers"
+MEMBERS, PROMPTS, ROWS, WORDS, NEW_TOKENS, GENERATIONS = 8, 4, 8, 32, 8, 4
+
+
+class Clock(TrainerCallback):
+    """The driver's processor seconds in each generation."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self.started)
+
+
+def prompts() -> list[dict[str, str]]:
+    return [{"prompt": f"{number % 10}" * WORDS} for number in range(16)]
+
+
+def measure(folder: Path, workers: int) -> dict[str, Any]:
+    clock = Clock()
+    args = ESSAConfig(
+        str(folder / f"run{workers}"),
+        strategy="cma-diagonal",
+        population_size=MEMBERS,
+        prompts_per_generation=PROMPTS,
+        generations=GENERATIONS,
+        max_new_tokens=NEW_TOKENS,
+        row_budget=ROWS,
+        num_workers=workers,
+        progress=False,
+    )
+    source = ModelSource(str(folder / "model"), str(folder / "adapter"), device="cpu")
+    ESSATrainer(source, no_reward, args, prompts(), callbacks=[clock]).train()
+    steps = [record for record in Run.read(args.output_dir).records if "rewards" in record][1:]
+    seconds = [record["seconds"] for record in steps]
+    return {
+        "workers": workers,
+        "seconds": seconds,
+        "driver_share": sum(clock.seconds[1:]) / sum(seconds),
+        "bytes_per_worker": max(record.get("bytes_per_worker", 0) for record in steps),
+        "adapter": (Path(args.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes().hex()[-64:],
+    }
+
+
+def rates(folder: Path) -> Any:
+    model, tokenizer = ModelSource(str(folder / "model"), str(folder / "adapter"), device="cpu").load()
+    from essa_kernels.nn import SVDLoRA
+
+    return measure_rates(
+        model, tokenizer, prompts()[0]["prompt"], ROWS, space=SVDLoRA.from_peft(model), steps=NEW_TOKENS
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    job = Job(MEMBERS, PROMPTS, WORDS, NEW_TOKENS)
+    alone = statistics.median(results["runs"][1]["seconds"])
+    lines = [
+        (
+            f"A random Qwen2 of 0.5 B shapes in bfloat16 on a CPU with two cores, one thread to a worker, {MEMBERS} members x "
+            f"{PROMPTS} prompts of {WORDS} tokens, {NEW_TOKENS} new tokens, {ROWS} sequences to a chunk; medians of "
+            f"{GENERATIONS - 1} generations, with the smallest and the largest. Speed-up is against one worker."
+        ),
+        "",
+        "Command: `python -m benchmarks.workers`",
+        "",
+        "| workers | seconds a generation | speed-up | `essa plan` | plan / measured | driver's share | bytes per worker |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        median = statistics.median(run["seconds"])
+        planned = generation_seconds(job, results["rates"], ROWS, max(1, run["workers"]))
+        name = str(run["workers"] or "0 (in this process)")
+        lines.append(
+            f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
+            f"| {planned:.2f} s | {planned / median:.2f} | {run['driver_share']:.2%} | {run['bytes_per_worker']:,} |"
+            if run["workers"]
+            else f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
+            f"| {planned:.2f} s | {planned / median:.2f} | | |"
+        )
+    same = len({run["adapter"] for run in results["runs"]}) == 1
+    lines += ["", f"All runs ended in the same adapter, bit for bit: {'yes' if same else 'NO'}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, tokenizer = build()
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        with_lora(model).save_pretrained(folder / "adapter")
+        del model
+        results: dict[str, Any] = {"rates": rates(folder), "runs": [measure(folder, workers) for workers in (0, 1, 2)]}
+        text = table(results)
+    results["rates"] = vars(results["rates"])
+    RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

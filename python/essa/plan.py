@@ -1,0 +1,353 @@
+"""`essa plan`: what a generation will take on how many workers, on paper.
+
+All the arithmetic is here. Memory comes from the model's configuration; seconds come from two rates of one worker,
+measured on it or derived from a GPU's data sheet: how long the prompts of a chunk take, and one step of decoding it.
+
+    rows        = members x prompts                      every member answers every prompt
+    chunks      = ceil(rows / row_budget)
+    chunk       = prefill + (new tokens - 1) x step
+    generation  = ceil(chunks / workers) x chunk + driver + workers x message
+    efficiency  = generation(1) / (workers x generation(workers))
+
+So scaling ends where chunks do: the last round of chunks leaves workers idle unless their number divides the chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from essa.config import InputError
+from essa.hub import offline_note, reach_hub
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+# int8: one bfloat16 scale a row; int4: a scale and a zero point for each group of 32 weights.
+QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5 + 2 * 2 / 32}
+GIB = 2**30
+
+# Dense bfloat16 FLOP/s, bytes/s and bytes of memory from the makers' data sheets.
+GPUS = {
+    "a100": (312e12, 2.0e12, 80 * GIB),
+    "h100": (989e12, 3.35e12, 80 * GIB),
+    "h200": (989e12, 4.8e12, 141 * GIB),
+    "l4": (121e12, 0.3e12, 24 * GIB),
+}
+FLOPS_REACHED, BANDWIDTH_REACHED = 0.45, 0.7
+"""What large products, and reading the weights, reach of a data sheet's numbers in practice."""
+STEP_OVERHEAD = 30e-6
+"""Seconds a layer's launches take in a step of decoding, however little they compute."""
+MEMORY_USED = 0.9
+"""Part of a GPU's memory that a plan fills."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's configuration says.
+
+    Attributes:
+        linear, head, embedding: parameters of the linear layers, of the output head, and of the input embedding (0 where
+            it is the head's).
+        layers, hidden, intermediate, vocabulary: sizes.
+        kv: elements that one token adds to the KV cache.
+    """
+
+    linear: int
+    head: int
+    embedding: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    kv: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a transformers configuration; the model is built without memory for its weights."""
+        from transformers import AutoModelForCausalLM
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            linear=sum(linear.weight.numel() for linear in linears),
+            head=head.weight.numel(),
+            embedding=0 if embedding.weight is head.weight else embedding.weight.numel(),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocabulary=head.weight.shape[0],
+            kv=2 * text.num_hidden_layers * kv_heads * head_size,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done in a generation.
+
+    Attributes:
+        members, prompts: every member answers every prompt.
+        prompt_tokens, new_tokens: the longest prompt and completion.
+        dtype, quantization: as in `ESSAConfig`.
+    """
+
+    members: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str = "bfloat16"
+    quantization: str = "none"
+
+    @property
+    def rows(self) -> int:
+        return self.members * self.prompts
+
+
+def weight_bytes(shape: Shape, job: Job) -> float:
+    """Bytes of the base model."""
+    linear = QUANTISED_BYTES.get(job.quantization, BYTES[job.dtype])
+    return shape.linear * linear + (shape.head + shape.embedding) * BYTES[job.dtype]
+
+
+def row_bytes(shape: Shape, job: Job) -> float:
+    """Bytes of one sequence: its KV cache when it is complete, and its share of a forward pass over the prompts.
+
+    At their most those hold, for each token, the stream and three tensors as wide as the MLP, and for each row the
+    logits of the last token, in float32 too.
+    """
+    size = BYTES[job.dtype]
+    cache = shape.kv * (job.prompt_tokens + job.new_tokens) * size
+    activations = job.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * size
+    return cache + activations + shape.vocabulary * (size + 4.0)
+
+
+def largest_row_budget(shape: Shape, job: Job, memory: float) -> int:
+    """The most sequences to a chunk, at most all of a generation's. Raises InputError if not even one fits."""
+    rows = int((memory * MEMORY_USED - weight_bytes(shape, job)) // row_bytes(shape, job))
+    if rows < 1:
+        needed = (weight_bytes(shape, job) + row_bytes(shape, job)) / MEMORY_USED
+        raise InputError(f"memory: the model needs {needed / GIB:.1f} GiB for one sequence, got {memory / GIB:.1f} GiB")
+    return min(rows, job.rows)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that one worker takes for the prompts of a full chunk, and for one step of decoding it."""
+
+    prefill: float
+    step: float
+
+    def chunk(self, job: Job) -> float:
+        """Seconds of a chunk whose completions all have their full length."""
+        return self.prefill + (job.new_tokens - 1) * self.step
+
+
+def rates_of_gpu(shape: Shape, job: Job, row_budget: int, gpu: str) -> Rates:
+    """From a data sheet: prompts are bound by arithmetic, steps by reading weights and cache or by arithmetic."""
+    flops, bandwidth, _ = GPUS[gpu]
+    flops, bandwidth = flops * FLOPS_REACHED, bandwidth * BANDWIDTH_REACHED
+    per_token = 2.0 * shape.linear
+    head = 2.0 * shape.head * row_budget
+    cache = shape.kv * (job.prompt_tokens + job.new_tokens / 2) * BYTES[job.dtype] * row_budget
+    prefill = (per_token * job.prompt_tokens * row_budget + head) / flops
+    reading = (weight_bytes(shape, job) + cache) / bandwidth
+    step = max(reading, (per_token * row_budget + head) / flops) + shape.layers * STEP_OVERHEAD
+    return Rates(prefill + shape.layers * STEP_OVERHEAD, step)
+
+
+def measure_rates(
+    model: nn.Module, processing_class: Any, prompt: str, row_budget: int, *, space: Any = None, steps: int = 8
+) -> Rates:
+    """From short rollouts of one chunk on the model itself: of one token, and of `steps`.
+
+    Args:
+        space: an `SVDLoRA` of the model: every row is a member of its own. None: the model as it is.
+    """
+    from essa.rollout import generate
+
+    values = None if space is None else space.spectrum.repeat(row_budget, 1)
+    prompts = [prompt] * (row_budget if space is None else 1)
+
+    def seconds(new_tokens: int) -> float:
+        rollout = generate(
+            model,
+            processing_class,
+            prompts,
+            space=space,
+            values=values,
+            max_new_tokens=new_tokens,
+            row_budget=row_budget,
+        )
+        return rollout.seconds
+
+    seconds(1)  # kernels and caches get warm
+    prefill = min(seconds(1) for _ in range(2))
+    return Rates(prefill, max(0.0, min(seconds(steps) for _ in range(2)) - prefill) / (steps - 1))
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What the driver adds: seconds of its own for a generation, and seconds for each worker it talks to."""
+
+    driver: float = 0.02
+    message: float = 0.001
+
+
+OVERHEADS = Overheads()
+
+
+def generation_seconds(
+    job: Job,
+    rates: Rates,
+    row_budget: int,
+    workers: int,
+    overheads: Overheads = OVERHEADS,
+) -> float:
+    """Seconds of a generation on so many workers."""
+    rounds = math.ceil(math.ceil(job.rows / row_budget) / workers)
+    return (
+        rounds * rates.chunk(job)
+        + overheads.driver
+        + min(workers, math.ceil(job.rows / row_budget)) * overheads.message
+    )
+
+
+def scaling(
+    job: Job, rates: Callable[[int], Rates], row_budget: Callable[[int], int], most: int = 1024
+) -> list[dict[str, float]]:
+    """Seconds of a generation and efficiency on 1, 2, 4, ... workers.
+
+    Args:
+        rates: those of a worker with chunks of so many sequences.
+        row_budget: that of a run on so many workers.
+    """
+    table: list[dict[str, float]] = []
+    for workers in (2**power for power in range(most.bit_length())):
+        rows = row_budget(workers)
+        seconds = generation_seconds(job, rates(rows), rows, workers)
+        alone = table[0]["seconds"] if table else seconds
+        line = {"workers": workers, "row_budget": rows, "seconds": seconds, "efficiency": alone / (workers * seconds)}
+        table.append(line)
+    return table
+
+
+def between(few: tuple[int, Rates], many: tuple[int, Rates]) -> Callable[[int], Rates]:
+    """Rates for any number of sequences, on the straight line through two that were measured, and never below the first."""
+
+    def at(rows: int) -> Rates:
+        part = max(0.0, (rows - few[0]) / max(1, many[0] - few[0]))
+        prefill, step = (
+            low + part * max(0.0, high - low)
+            for low, high in ((few[1].prefill, many[1].prefill), (few[1].step, many[1].step))
+        )
+        return Rates(prefill, step)
+
+    return at
+
+
+def plan(
+    name: str,
+    *,
+    gpus: int,
+    gpu: str,
+    memory: float | None,
+    members: int,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    row_budget: int | None,
+    dtype: str,
+    quantization: str,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What `essa plan` prints.
+
+    Args:
+        name: folder or hub name of the model.
+        gpus: workers to plan for.
+        gpu: one of `GPUS`, or "measure": this machine's rates, on the model itself.
+        memory: GiB of a worker; None for the GPU's.
+        row_budget: sequences to a chunk; None: a worker's share of a generation, or as many as fit.
+
+    Raises:
+        InputError: an argument cannot be used, or the model does not fit.
+    """
+    from transformers import AutoConfig
+
+    for argument, value, known in (
+        ("gpu", gpu, (*GPUS, "measure")),
+        ("dtype", dtype, tuple(BYTES)),
+        ("quantization", quantization, ("none", *QUANTISED_BYTES)),
+    ):
+        if value not in known:
+            raise InputError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
+    reach_hub(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model_name_or_path {name!r} cannot be read: {error}{offline_note()}") from error
+    shape = Shape.of(config)
+    job = Job(members, prompts, prompt_tokens, new_tokens, dtype, quantization)
+    if memory is None and gpu == "measure":
+        from essa.row_budget import free_memory_of
+
+        available = float(free_memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    else:
+        available = GPUS[gpu][2] if memory is None else memory * GIB
+    most = largest_row_budget(shape, job, available)
+    if row_budget is not None and row_budget > most:
+        raise InputError(f"row_budget: {most} sequences fit into {available / GIB:.1f} GiB, got {row_budget}")
+
+    def budget(workers: int) -> int:
+        rounds = math.ceil(job.rows / (workers * most))
+        return row_budget or math.ceil(job.rows / (workers * rounds))
+
+    rows = budget(gpus)
+    if gpu == "measure":
+        rates = _measured_here(name, job, rows, trust_remote_code)
+    else:
+        rates = functools.partial(rates_of_gpu, shape, job, gpu=gpu)
+    seconds = generation_seconds(job, rates(rows), rows, gpus)
+    return {
+        "model": name,
+        "parameters": shape.linear + shape.head + shape.embedding,
+        "workers": gpus,
+        "gpu": gpu,
+        "memory_per_worker_gib": (weight_bytes(shape, job) + rows * row_bytes(shape, job)) / GIB,
+        "of_which_weights_gib": weight_bytes(shape, job) / GIB,
+        "rows_per_generation": job.rows,
+        "row_budget": rows,
+        "members_per_chunk": rows / prompts,
+        "chunks": math.ceil(job.rows / rows),
+        "chunk_seconds": rates(rows).chunk(job),
+        "generation_seconds": seconds,
+        "tokens_per_second": job.rows * new_tokens / seconds,
+        "scaling": scaling(job, rates, budget),
+    }
+
+
+def _measured_here(name: str, job: Job, rows: int, trust_remote_code: bool) -> Callable[[int], Rates]:
+    from essa.models import load_base
+
+    model, tokenizer = load_base(
+        name, dtype=job.dtype, quantization=job.quantization, trust_remote_code=trust_remote_code
+    )
+    word = str(tokenizer.decode([len(tokenizer) // 2]))
+    prompt = word
+    while len(tokenizer(prompt)["input_ids"]) < job.prompt_tokens:
+        prompt += word
+    few = max(1, rows // 4)
+    return between(
+        (few, measure_rates(model, tokenizer, prompt, few)), (rows, measure_rates(model, tokenizer, prompt, rows))
+    )

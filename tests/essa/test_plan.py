@@ -1,0 +1,128 @@
+"""The plan's arithmetic, on numbers worked out by hand, and against the models themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from essa.cli import app
+from essa.config import InputError
+from essa.demo.warm_start import BASE_MODEL
+from essa.models import load_base
+from essa.plan import (
+    GIB,
+    Job,
+    Overheads,
+    Rates,
+    Shape,
+    between,
+    generation_seconds,
+    largest_row_budget,
+    rates_of_gpu,
+    row_bytes,
+    scaling,
+    weight_bytes,
+)
+from essa.quantization import weight_bytes as loaded_bytes
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+QWEN_7B = AutoConfig.for_model(
+    "qwen2",
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+JOB = Job(members=96, prompts=64, prompt_tokens=256, new_tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16")]
+)
+def test_weights_take_what_the_loaded_model_takes(quantization, dtype):
+    if quantization != "none":
+        pytest.importorskip("torchao")
+    model, _ = load_base(str(BASE_MODEL), dtype=dtype, quantization=quantization)
+    planned = weight_bytes(Shape.of(model.config), Job(1, 1, 1, 1, dtype, quantization))
+    # The norms, the biases and int8's scales are left out: little, except in a model this small.
+    assert planned == pytest.approx(loaded_bytes(model), rel=0.06)
+
+
+def test_the_shape_of_a_7b_model():
+    shape = Shape.of(QWEN_7B)
+    attention = 3584 * 3584 * 2 + 2 * 3584 * 512
+    assert shape.linear == 28 * (attention + 3 * 3584 * 18944)
+    assert shape.head == shape.embedding == 152064 * 3584
+    assert shape.kv == 2 * 28 * 4 * 128
+    assert weight_bytes(shape, JOB) == pytest.approx(7.61e9 * 2, rel=0.001)
+    assert row_bytes(shape, JOB) == (28 * 2 * 512 * 512 * 2 + 256 * (4 * 3584 + 3 * 18944) * 2 + 152064 * 6)
+
+
+def test_the_largest_chunk_fits_and_one_more_row_does_not():
+    shape = Shape.of(QWEN_7B)
+    rows = largest_row_budget(shape, JOB, 80 * GIB)
+    for count, fits in ((rows, True), (rows + 1, False)):
+        assert (weight_bytes(shape, JOB) + count * row_bytes(shape, JOB) <= 0.9 * 80 * GIB) == fits
+    assert largest_row_budget(shape, Job(2, 3, 8, 8), 80 * GIB) == 6, "there are no more rows than that"
+    with pytest.raises(InputError, match=r"the model needs 15.8 GiB for one sequence, got 12.0 GiB"):
+        largest_row_budget(shape, JOB, 12 * GIB)
+
+
+def test_seconds_of_a_generation():
+    job, rates = Job(members=10, prompts=8, prompt_tokens=5, new_tokens=11), Rates(prefill=2.0, step=0.1)
+    assert rates.chunk(job) == pytest.approx(3.0)
+    free, dear = Overheads(0.0, 0.0), Overheads(driver=0.5, message=0.25)
+    # 80 rows in chunks of 15: 6 chunks, which 4 workers do in 2 rounds and 6 or 100 workers in one.
+    for workers, rounds in ((1, 6), (2, 3), (3, 2), (4, 2), (6, 1), (100, 1)):
+        assert generation_seconds(job, rates, 15, workers, free) == pytest.approx(3.0 * rounds)
+    assert generation_seconds(job, rates, 15, 4, dear) == pytest.approx(6.0 + 0.5 + 4 * 0.25)
+    assert generation_seconds(job, rates, 15, 100, dear) == pytest.approx(3.0 + 0.5 + 6 * 0.25)
+
+
+def test_scaling_ends_where_the_work_does():
+    shape = Shape.of(QWEN_7B)
+    fixed = scaling(JOB, lambda rows: rates_of_gpu(shape, JOB, rows, "h100"), lambda workers: 96, most=1024)
+    assert [line["workers"] for line in fixed] == [2**power for power in range(11)]
+    efficiency = {line["workers"]: line["efficiency"] for line in fixed}
+    assert efficiency[1] == 1.0 and efficiency[64] > 0.95, "64 chunks: as many workers do them in one round"
+    assert efficiency[128] < 0.51, "half of these have nothing to do"
+    seconds = [line["seconds"] for line in fixed]
+    assert seconds == sorted(seconds, reverse=True) or seconds[6] == min(seconds)
+
+
+def test_rates_between_measurements():
+    rates = between((4, Rates(1.0, 0.1)), (12, Rates(3.0, 0.2)))
+    assert rates(8) == Rates(2.0, pytest.approx(0.15))
+    assert rates(20) == Rates(5.0, pytest.approx(0.3)) and rates(1) == Rates(1.0, 0.1)
+
+
+def test_the_command(tmp_path):
+    QWEN_7B.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), "--gpus", "16"])
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)
+    assert numbers["parameters"] == pytest.approx(7.615e9, rel=0.001)
+    assert numbers["row_budget"] == 96 * 64 // 16 and numbers["chunks"] == 16
+    assert 0 < numbers["memory_per_worker_gib"] < 0.9 * 80
+    for arguments, message in (
+        (["--gpu", "h1000"], "gpu must be one of a100, h100, h200, l4, measure, got 'h1000'"),
+        (["--memory", "10"], "memory: the model needs 15.8 GiB"),
+        (["--row_budget", "100000"], "row_budget: "),
+        (["--model_name_or_path", str(tmp_path / "no")], "cannot be read"),
+    ):
+        result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), *arguments])
+        assert result.exit_code == 2 and message in result.stderr
+
+
+def test_rates_can_be_measured_here():
+    result = CliRunner().invoke(
+        app,
+        ["plan", "--model_name_or_path", str(BASE_MODEL), "--gpu", "measure", "--prompt_tokens", "8", "--max_new_tokens",
+         "8", "--population_size", "4", "--prompts_per_generation", "2", "--dtype", "float32"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["generation_seconds"] > 0

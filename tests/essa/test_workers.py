@@ -1,0 +1,218 @@
+"""Runs on Ray workers end in the bits of a run in one process, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from essa.checkpoint import Run
+from essa.config import ESSAConfig, InputError
+from essa.models import ModelSource
+from essa.rewards import RewardError
+from essa.workers import LOOPBACK, Recipe, Replica, WorkerError, connect, pack, unpack
+from transformers import TrainerCallback
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("needs Ray", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray of this machine's own, as `essa align --num_workers 2` starts it."""
+    disconnect = connect(ESSAConfig("unused", num_workers=2))
+    yield
+    disconnect()
+
+
+@pytest.fixture
+def own_ray():
+    """Every run of the test starts a Ray as large as it needs."""
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the workers have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def adapter(trainer) -> bytes:
+    return Path(trainer.args.output_dir, "adapter", "adapter_model.safetensors").read_bytes()
+
+
+def replicas() -> list[int]:
+    """Process ids of the workers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if entry.read_bytes().startswith(b"ray::Replica"):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+class KillWorkers(TrainerCallback):
+    """kill -9 of `count` workers, a moment after each of the steps began."""
+
+    def __init__(self, count: int, steps: set[int]) -> None:
+        self.count, self.steps, self.killed = count, steps, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            threading.Timer(0.03, self.kill).start()
+
+    def kill(self):
+        for pid in replicas()[: self.count]:
+            os.kill(pid, signal.SIGKILL)
+            self.killed += 1
+
+
+SMALL = {"row_budget": 5, "eval_steps": 2, "strategy": "zo-grpo"}
+
+
+def test_workers_that_are_killed_do_not_show_in_the_result(cluster, make_trainer):
+    alone = make_trainer("alone", **SMALL)
+    alone.train()
+    kill = KillWorkers(1, {1, 2})
+    shared = make_trainer(**SMALL, num_workers=2, callbacks=[kill])
+    shared.train()
+    assert kill.killed == 2 == shared._workers.lost
+    assert adapter(shared) == adapter(alone)
+    records, expected = Run.read(shared.args.output_dir).records, Run.read(alone.args.output_dir).records
+    for one, other in zip(records, expected, strict=True):
+        if "rewards" in one:
+            assert all(one[name] == other[name] for name in ("prompts", "candidates", "rewards", "scores", "tokens"))
+            assert 0 < one["bytes_per_worker"] < 65536 and one["workers"] == 2
+        else:
+            assert one["evaluation"]["reward"] == other["evaluation"]["reward"]
+
+
+def test_a_reward_error_comes_from_its_worker_to_the_user(cluster, make_trainer):
+    def fragile(completions, **kwargs):
+        return [float("nan") for _ in completions]
+
+    trainer = make_trainer(reward_funcs=fragile, num_workers=1, eval_dataset=None)
+    with pytest.raises(RewardError, match=r"fragile' returned nan.*member 0, prompt.*\n?.*Stopped after generation 0"):
+        trainer.train()
+    time.sleep(1.0)
+    assert not replicas()
+
+
+def test_ray_listens_on_the_loopback_address_alone(cluster):
+    import ray
+
+    assert ray.util.get_node_ip_address() == LOOPBACK
+    mine = {entry.split("[")[1].rstrip("]") for entry in sockets()}
+    listening = [
+        line.split() for path in ("tcp", "tcp6") for line in Path("/proc/net", path).read_text().splitlines()[1:]
+    ]
+    addresses = {line[1].split(":")[0] for line in listening if line[3] == "0A" and line[9] in mine}
+    assert addresses
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def sockets() -> list[str]:
+    """Sockets of Ray's processes, and of this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            if b"ray" in command.split(b"\0")[0] or b"/ray/" in command or folder.name == str(os.getpid()):
+                found += [os.readlink(handle) for handle in (folder / "fd").iterdir()]
+        except OSError:
+            continue
+    return [name for name in found if name.startswith("socket:")]
+
+
+def recipe(trainer, warm_start) -> Recipe:
+    from essa.demo.warm_start import BASE_MODEL
+
+    source = ModelSource(str(BASE_MODEL), warm_start)
+    return Recipe(source, trainer.args, None, trainer.train_prompts, trainer.eval_prompts, "exact_match")
+
+
+def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer, warm_start):
+    trainer = make_trainer(**SMALL, generations=3)
+    trainer.train()
+    history = [record for record in Run.read(trainer.args.output_dir).records if "rewards" in record]
+    replica = Replica(recipe(trainer, warm_start))
+    replica.start()
+    last = history[2]
+    asked = {"generation": 2, "prompts": last["prompts"], "epoch": 0.2, "rows": [5, 10], "history": history[:2]}
+    reply = unpack(replica.evaluate(pack({**asked, "candidates": last["candidates"]})))
+    assert reply["rewards"] == [row[0] for row in last["rewards"][5:10]]
+    late = Replica(recipe(trainer, warm_start))
+    late.start()
+    question = {**asked, "rewards": last["rewards"], "scores": last["scores"][:1]}
+    reply = unpack(late.score(pack(question)))
+    assert reply["scores"] == [last["scores"][1][place] for place in reply["places"]] and reply["places"]
+    with pytest.raises(WorkerError, match="a worker's candidates are not the driver's"):
+        replica.evaluate(pack({**asked, "candidates": "0" * 16}))
+
+
+def test_bad_worker_settings_are_named(make_trainer, warm_start):
+    for settings, message in (
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0"),
+        ({"ray_address": "auto"}, "ray_address needs num_workers of at least 1"),
+        ({"num_workers": 1, "gpus_per_worker": 2.0}, "gpus_per_worker must be .* at most 1"),
+        ({"num_workers": 1, "model": make_trainer("other").model, "adapter": None}, "a model given by name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_trainer(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["cma", "es-per-completion", "zo-grpo"])
+def test_the_number_of_workers_does_not_show_in_the_result(own_ray, make_trainer, strategy):
+    results = set()
+    for workers in (0, 1, 2, 5):
+        trainer = make_trainer(f"run{workers}", **{**SMALL, "strategy": strategy}, num_workers=workers)
+        trainer.train()
+        results.add(adapter(trainer))
+    assert len(results) == 1
+
+
+@pytest.mark.slow
+def test_all_workers_may_die_at_once(own_ray, make_trainer):
+    alone = make_trainer("alone", **SMALL)
+    alone.train()
+    kill = KillWorkers(3, {1, 3})
+    shared = make_trainer(**SMALL, num_workers=3, callbacks=[kill])
+    shared.train()
+    assert kill.killed == 6 and adapter(shared) == adapter(alone)
+
+
+@pytest.mark.slow
+def test_rows_that_kill_every_worker_end_the_run(cluster, make_trainer):
+    def deadly(completions, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = make_trainer(reward_funcs=deadly, num_workers=1, eval_dataset=None, **SMALL)
+    with pytest.raises(WorkerError, match="5 workers died of rows 0 to 4"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_overtaken(cluster, make_trainer):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(replicas()[0], signal.SIGSTOP)
+
+    alone = make_trainer("alone", **SMALL)
+    alone.train()
+    shared = make_trainer(**SMALL, num_workers=2, callbacks=[Stop()])
+    shared.train()
+    assert adapter(shared) == adapter(alone)
