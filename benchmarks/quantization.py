@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from essa_kernels.nn import SVDLoRA
 
 RESULTS = Path(__file__).parent / "results" / "quantization"
-KINDS = (("none", "float32"), ("none", "bfloat16"), ("int8", "float32"), ("int8", "bfloat16"), ("int4", "bfloat16"))
+KINDS = (("none", "float32"), ("none", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16"))
 LARGE = {
     "vocab_size": 32000,
     "hidden_size": 768,
