@@ -99,6 +99,7 @@ def test_workers_that_are_killed_do_not_show_in_the_result(cluster, make_trainer
             assert one["evaluation"]["reward"] == other["evaluation"]["reward"]
 
 
+@pytest.mark.slow
 def test_a_reward_error_comes_from_its_worker_to_the_user(cluster, make_trainer):
     def fragile(completions, **kwargs):
         return [float("nan") for _ in completions]
