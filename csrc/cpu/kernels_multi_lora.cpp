@@ -49,16 +49,16 @@ void shrink_scaled(const MultiLoraArgs& args, const AdapterPart& part, float* h,
 template <class D>
 void forward(const MultiLoraArgs& args, int64_t first, int64_t last) {
   typedef typename D::P::Element Parameter;
-  const int64_t panel_size = args.most_ranks * kExpandColumns + kPanelFloats;
-  float* panel = scratch(panel_size + kPartRows * args.most_ranks);
-  float* h = panel + panel_size;
+  const int64_t room_size = expand_room(args.most_ranks);
+  float* room = scratch(room_size + kPartRows * args.most_ranks);
+  float* h = room + room_size;
   for (int64_t item = first; item < last; ++item) {
     const AdapterPart& part = args.parts[item];
     const Adapter& adapter = args.adapters[part.adapter];
     shrink_scaled<D>(args, part, h, adapter.rank);
     const Factor<Parameter> b{(const Parameter*)adapter.b, args.d_out, adapter.rank, adapter.rank, 1};
     expand<typename D::T, typename D::P>(listed<typename D::T::Element>(args.y, args.order, part.first), part.rows, h,
-                                         adapter.rank, b, panel);
+                                         adapter.rank, b, room);
   }
 }
 
@@ -131,7 +131,7 @@ void project_scaled(const MultiLoraArgs& args, const AdapterPart& part, float* g
 template <class D>
 void backward_rows(const MultiLoraArgs& args, int64_t first, int64_t last) {
   typedef typename D::P::Element Parameter;
-  float* panel = scratch(args.most_ranks * kExpandColumns + kPanelFloats);
+  float* room = scratch(expand_room(args.most_ranks));
   for (int64_t item = first; item < last; ++item) {
     const AdapterPart& part = args.parts[item];
     const Adapter& adapter = args.adapters[part.adapter];
@@ -139,11 +139,11 @@ void backward_rows(const MultiLoraArgs& args, int64_t first, int64_t last) {
       shrink_scaled<D>(args, part, args.h + part.first * args.most_ranks, args.most_ranks);
     if (args.g == nullptr) continue;
     float* g = args.g + part.first * args.most_ranks;
-    project_scaled<D>(args, part, g, args.most_ranks, panel);
+    project_scaled<D>(args, part, g, args.most_ranks, room);
     if (args.d_x.data == nullptr) continue;
     const Factor<Parameter> a{(const Parameter*)adapter.a, args.d_in, adapter.rank, 1, args.d_in};
     expand<typename D::T, typename D::P>(listed<typename D::T::Element>(args.d_x, args.order, part.first), part.rows,
-                                         g, args.most_ranks, a, panel);
+                                         g, args.most_ranks, a, room);
   }
 }
 

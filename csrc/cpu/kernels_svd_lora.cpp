@@ -72,12 +72,12 @@ void run(const SvdLoraArgs& args, int64_t first, int64_t last) {
   const bool shrinks = args.x != nullptr, expands = args.y != nullptr;
   const int64_t r_b_padded = round_up(args.r_b, W), block = last - first < kRowBlock ? last - first : kRowBlock;
   const int64_t core_size = shrinks ? args.r_a * r_b_padded : 0, t_size = shrinks ? block * args.r_a : 0;
-  const int64_t panel_size = expands ? args.r_b * panel_columns(args.d_out, args.r_b) : 0;
-  float* core_t = scratch(round_up(core_size, 16) + round_up(t_size, 16) + round_up(panel_size, 16) +
+  const int64_t room_size = expands ? expand_room(args.r_b) : 0;
+  float* core_t = scratch(round_up(core_size, 16) + round_up(t_size, 16) + round_up(room_size, 16) +
                           block * r_b_padded);
   float* t = core_t + round_up(core_size, 16);
-  float* panel = t + round_up(t_size, 16);
-  float* h_block = panel + round_up(panel_size, 16);
+  float* room = t + round_up(t_size, 16);
+  float* h_block = room + round_up(room_size, 16);
   if (shrinks) pack_core(args, core_t, r_b_padded);
 
   for (int64_t row = first; row < last; row += kRowBlock) {
@@ -91,7 +91,7 @@ void run(const SvdLoraArgs& args, int64_t first, int64_t last) {
     }
     if (expands)
       expand<T, T>(Strided<Element>{(Element*)args.y + row * args.y_stride, args.y_stride}, rows, h, h_stride, u_b,
-                   panel);
+                   room);
   }
 }
 

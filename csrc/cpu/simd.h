@@ -89,6 +89,16 @@ ESSA_INLINE void transpose_lanes(vf m[4]) {
   m[2] = _mm512_shuffle_ps(b, d, 0x44), m[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
 
+// The 4x4 matrix of 128-bit lanes whose rows are four vectors.
+ESSA_INLINE void exchange_lanes(vi m[4]) {
+  const vi a = _mm512_shuffle_i32x4(m[0], m[1], 0x44), b = _mm512_shuffle_i32x4(m[0], m[1], 0xee);
+  const vi c = _mm512_shuffle_i32x4(m[2], m[3], 0x44), d = _mm512_shuffle_i32x4(m[2], m[3], 0xee);
+  m[0] = _mm512_shuffle_i32x4(a, c, 0x88), m[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  m[2] = _mm512_shuffle_i32x4(b, d, 0x88), m[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+// The first `left` lanes, or all.
+ESSA_INLINE __mmask16 lanes_left(int64_t left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
+
 ESSA_INLINE vf load_bf16(const uint16_t* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
@@ -301,6 +311,27 @@ ESSA_INLINE void store_fp16(uint16_t* p, vf a) {
 }
 
 #endif
+
+// out[k] = sum(a[k])
+template <int K>
+ESSA_INLINE void store_sums(const vf* a, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (K == 8) {  // a third of the instructions of eight sums
+    vf fours[2];
+    for (int q = 0; q < 2; ++q) {
+      vf m[4] = {a[4 * q], a[4 * q + 1], a[4 * q + 2], a[4 * q + 3]};
+      transpose_lanes(m);
+      fours[q] = add(add(m[0], m[1]), add(m[2], m[3]));
+    }
+    const vf halves = add(_mm512_shuffle_f32x4(fours[0], fours[1], 0x44), _mm512_shuffle_f32x4(fours[0], fours[1], 0xee));
+    const vf whole = add(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(whole));
+    _mm_storeu_ps(out + 4, _mm512_extractf32x4_ps(whole, 2));
+    return;
+  }
+#endif
+  for (int k = 0; k < K; ++k) out[k] = sum(a[k]);
+}
 
 // `store_bf16` for what is held to a tolerance: the machine's instruction flushes subnormals to zero.
 #if defined(__AVX512BF16__)
