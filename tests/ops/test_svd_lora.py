@@ -271,6 +271,16 @@ def test_in_a_module(seed):
         model(operands.x)
 
 
+def test_infinities_stay_infinite(dtype, seed, native):
+    h, u_b = torch.randn(9, 8), (torch.rand(70, 8) + 0.5).to(dtype)
+    h[3, 5], h[4, 0], h[5, 7] = torch.inf, -torch.inf, torch.nan
+    y = svd_lora_expand_(torch.zeros(9, 70, dtype=dtype), h, u_b, backend="cpu")
+    assert (y[3] == torch.inf).all()
+    assert (y[4] == -torch.inf).all()
+    assert y[5].isnan().all()
+    assert y[[0, 1, 2, 6, 7, 8]].isfinite().all()
+
+
 # Layouts
 
 
@@ -315,12 +325,13 @@ def test_one_row_for_all(backend, seed):
     assert_close(svd_lora(*operands.replace(x=shared), backend=name), expected)
 
 
-def test_u_b_in_either_order(backend, dtype, seed):
+@pytest.mark.parametrize("rank", [8, 5])
+def test_u_b_in_either_order(backend, dtype, rank, seed):
     name, device = backend
-    operands = random_operands([5, 30], 65, 129, 8, 8, dtype, device)
+    operands = random_operands([5, 30], 65, 129, rank, rank, dtype, device)
     rank_major = operands.replace(u_b=operands.u_b.T.contiguous().T)
     assert_close(svd_lora(*rank_major, backend=name), svd_lora(*operands, backend=name))
-    y, h = torch.zeros(35, 129, dtype=dtype, device=device), torch.randn(35, 8, device=device)
+    y, h = torch.zeros(35, 129, dtype=dtype, device=device), torch.randn(35, rank, device=device)
     assert_close(
         svd_lora_expand_(y.clone(), h, rank_major.u_b, backend=name), svd_lora_expand_(y, h, operands.u_b, backend=name)
     )
