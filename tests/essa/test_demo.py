@@ -92,6 +92,21 @@ def test_a_small_demo_run(tmp_path):
         run_demo(tmp_path / "demo")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_demo_of_another_parametrisation(tmp_path, monkeypatch):
+    from essa.demo import run
+
+    monkeypatch.setattr(run, "CONTROL_SCALES", (1.0,))
+    lines = []
+    folder, search = tmp_path / "demo", {"generations": 2, "eval_steps": 0, "progress": False}
+    summary = run.run_demo(folder, parametrization="lowrank", say=lines.append, **search)
+    assert load_file(f"{summary['model']}/model.safetensors") and "adapter" not in summary
+    assert "Search: 304,128 weights ..." in lines and any(line.startswith("model:   ") for line in lines)
+    assert summary["accuracy_control"] == pytest.approx(summary["accuracy_before"], abs=0.01), "the merged warm start"
+    with pytest.raises(InputError, match="parametrization must be one of svd, lora, lowrank, full, got 'dora'"):
+        run.run_demo(tmp_path / "other", parametrization="dora")
+
+
 def test_bad_input_leaves_nothing_behind(tmp_path):
     from essa.demo.run import run_demo
 
