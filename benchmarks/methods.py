@@ -25,16 +25,16 @@ from essa.demo.run import MAX_NEW_TOKENS
 from essa.demo.warm_start import BASE_MODEL, make_warm_start
 from essa.trainer import ESSATrainer
 
+import essa_kernels
 from benchmarks.sample_efficiency import RESULTS, first_reaching, run
 
 CAPTION = """\
-The demo's task, medians over the seeds (accuracy: and the range), {threads}. Every search ends after 55,296 completions, but
-for zo-grpo, which scores its completions again under many perturbations instead of asking for more. No early end, no best
-mean picked: the accuracy is that of what the search ends with, on the 1,000 test problems. "to 0.90" is read off the accuracy
+The demo's task, medians over the seeds (accuracy: and the range), {threads}. Every search runs to its end and no best mean is
+picked: the accuracy is that of what the search ends with, on the 1,000 test problems. "to 0.90" is read off the accuracy
 on 500 validation problems, seen every 6 generations. Members x prompts make a generation; with "a completion" every one of
-the members is a completion with a perturbation of its own. Seconds are those of the search, evaluations aside. The peak is
-how much resident memory one generation takes at its height beyond what the process had before it, {before:.0f} MiB, with 8 and
-with 512 members that answer 32 prompts each, 256 rows at a time.
+the members is a completion with a perturbation of its own. Seconds are those of the search, evaluations aside. The peak is the
+resident memory of the whole process, libraries included, at the height of one generation with 8 and with 512 members that
+answer 32 prompts each, 256 rows at a time.
 """
 GENERATION = {"population_size": 32, "prompts_per_generation": 16, "generations": 108, "eval_steps": 6}
 COMPLETION = {
@@ -113,7 +113,7 @@ def measured_apart(method: str, members: int) -> tuple[int, int]:
     return before, peak
 
 
-def table(results: list[dict[str, Any]], peaks: dict[str, list[list[int]]], threads: int) -> str:
+def table(results: list[dict[str, Any]], peaks: dict[str, list[list[int]]], threads: int, note: str) -> str:
     columns = [
         "method",
         "members x prompts",
@@ -125,12 +125,16 @@ def table(results: list[dict[str, Any]], peaks: dict[str, list[list[int]]], thre
         "seconds",
         *(f"peak of {members} members, MiB" for members in MEMBERS),
     ]
-    before = [before for pairs in peaks.values() for before, _ in pairs]
-    caption = CAPTION.format(
-        threads="one thread" if threads == 1 else f"{threads} threads",
-        before=statistics.median(before) / 2**20 if before else float("nan"),
-    )
-    lines = [caption, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    caption = CAPTION.format(threads="one thread" if threads == 1 else f"{threads} threads")
+    report = essa_kernels.env_report()
+    machine = f"{report['cpu']['model']} ({report['compiled_module'].get('cpu_isa', 'no compiled kernels')})"
+    versions = f"essa-kernels {essa_kernels.__version__}, torch {torch.__version__}, {machine}"
+    lines = [
+        caption,
+        f"{versions}: `python -m benchmarks.methods --peaks`. {note}".rstrip() + "\n",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     for method, settings in METHODS.items():
         runs = [result for result in results if result["method"] == method]
         if not runs:
@@ -146,7 +150,7 @@ def table(results: list[dict[str, Any]], peaks: dict[str, list[list[int]]], thre
             "not reached" if reached == float("inf") else f"{reached:,}",
             f"{runs[0]['samples'][-1]:,}",
             f"{statistics.median(result['seconds'][-1] for result in runs):.1f}",
-            *(f"{peak / 2**20:.1f}" for _, peak in peaks.get(method, [])),
+            *(f"{(before + taken) / 2**20:.0f}" for before, taken in peaks.get(method, [])),
         ]
         cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
+    parser.add_argument("--note", default="", help="a remark for the table, such as what else the machine did")
     parser.add_argument("--peaks", action="store_true", help="measure peak memory too")
     parser.add_argument("--peak", nargs=2, metavar=("METHOD", "MEMBERS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,16 +180,16 @@ def main() -> None:
                 fresh = run(method, seed, Path(folder), METHODS[method])
             results = [r for r in results if (r["method"], r["seed"]) != (method, seed)] + [fresh]
             print(f"{method}, seed {seed}: test {fresh['test']:.3f}", flush=True)
-            _write(options.output, results, peaks, options.threads)
+            _write(options.output, results, peaks, options.threads, options.note)
         if options.peaks and METHODS[method].get("strategy") != "zo-grpo":
             peaks[method] = [measured_apart(method, members) for members in MEMBERS]
-            _write(options.output, results, peaks, options.threads)
-    print(table(results, peaks, options.threads))
+            _write(options.output, results, peaks, options.threads, options.note)
+    print(table(results, peaks, options.threads, options.note))
 
 
-def _write(output: Path, results: list[dict[str, Any]], peaks: dict[str, Any], threads: int) -> None:
+def _write(output: Path, results: list[dict[str, Any]], peaks: dict[str, Any], threads: int, note: str) -> None:
     output.write_text(json.dumps({"results": results, "peaks": peaks}) + "\n")
-    output.with_suffix(".md").write_text(table(results, peaks, threads))
+    output.with_suffix(".md").write_text(table(results, peaks, threads, note))
 
 
 if __name__ == "__main__":
