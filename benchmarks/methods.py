@@ -68,6 +68,7 @@ def peak_of_a_generation(trainer: ESSATrainer) -> tuple[int, int]:
         trainer.model,
         trainer.processing_class,
         trainer.train_prompts,
+        None,
         trainer.rewards,
         args.max_new_tokens,
         args.seed,

@@ -56,7 +56,7 @@ def test_shared_and_separate_are_the_models_own(family, seed):
         else:
             found = sequence_sums(token_logps(model, batch), batch)
             (found * torch.tensor([1.0, -0.7])).sum().backward()
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
+        torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
         original.zero_grad(set_to_none=True)
         (by_hand(original, rows) * torch.tensor([1.0, -0.7])).sum().backward()
         for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
