@@ -59,9 +59,8 @@ def test_against_four_torch_calls(benchmark, record, dtype, rows, rank=8):
         y += F.linear(F.linear(F.linear(x, v_a) * row_a, cores[i]) * row_b, u_b)
 
     what = f"svd_lora in situ, {NAMES[dtype]} r={rank}, {rows} rows, 7 projections"
-    slow = dtype is torch.bfloat16 or rows > 64
     benchmark.pedantic(lambda: run(fused), rounds=3)
-    record(compare(what, lambda: run(fused), "four torch calls", lambda: run(four_calls), rounds=9 if slow else 25))
+    record(compare(what, lambda: run(fused), "four torch calls", lambda: run(four_calls), rounds=25))
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())

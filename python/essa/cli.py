@@ -150,6 +150,7 @@ def _options(settings: type) -> list[inspect.Parameter]:
     for field in dataclasses.fields(settings):
         hint = str if field.metadata.get("auto") else hints[field.name]
         names = [f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}"]
+        names += [f"--{alias}"] if (alias := field.metadata.get("alias")) else []
         required = field.default is dataclasses.MISSING
         options.append(
             inspect.Parameter(

@@ -26,10 +26,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" - did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def setting(default: Any, help: str, *, fixed: bool = False, auto: bool = False) -> Any:
+def setting(default: Any, help: str, *, fixed: bool = False, auto: bool = False, alias: str | None = None) -> Any:
     """A field with help. `fixed` settings decide the candidates or their rewards, so a resumed run must keep them.
-    `auto` ones may also be given as "auto", until the trainer knows better."""
-    return field(default=default, metadata={"help": help, "fixed": fixed, "auto": auto})
+    `auto` ones may also be given as "auto", until the trainer knows better. `alias` is a shorter option name."""
+    return field(default=default, metadata={"help": help, "fixed": fixed, "auto": auto, "alias": alias})
 
 
 PARAMETRIZATIONS = ("svd", "lora", "lowrank", "full")
@@ -209,6 +209,7 @@ class ESSAConfig(_Settings):
         0,
         "Ray workers that evaluate the population's chunks of row_budget sequences, each on a model of its own. 0: "
         "evaluate in this process.",
+        alias="workers",
     )
     ray_address: str | None = setting(
         None,

@@ -20,11 +20,14 @@ def stand_ins(tmp_path, monkeypatch, warm_start):
 
     monkeypatch.chdir(tmp_path)
     task.write_jsonl(tmp_path / "train.jsonl", task.rows(task.split("train")[:40]))
+    pair = {"prompt": "?26+01=", "chosen": "027", "rejected": "026"}
+    task.write_jsonl(tmp_path / "pairs.jsonl", [pair, pair])
     return {
         "Qwen/Qwen2.5-0.5B-Instruct": str(BASE_MODEL),
         "my-warm-start": warm_start,
         'reward_funcs="math"': 'reward_funcs="exact_match"',
         "generations=100": "generations=2, max_new_tokens=4, progress=False",
+        "learning_rate=1e-5": "max_steps=1, per_device_train_batch_size=2, report_to='none'",
     }
 
 
