@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from essa_kernels import NoiseKey, es_update_, gaussian, perturb_
 
-MEMBERS, SIGMA, STEP = 32, 0.05, 0.5
+MEMBERS, SIGMA, STEP = 32, 0.05, 0.2
 
 
 @pytest.fixture
