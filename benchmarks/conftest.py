@@ -45,10 +45,18 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         results = {
             "threads": config.getoption("--threads"),
             "rows": [comparison.as_dict() for comparison in COMPARISONS],
-            "environment": env_report(),
+            "environment": _environment(),
         }
         path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(table + "\n")
+
+
+def _environment() -> dict:
+    """The report of this environment, without the folder where this machine keeps its thread pool."""
+    report = env_report()
+    if pool := report["compiled_module"].get("thread_pool"):
+        report["compiled_module"]["thread_pool"] = Path(pool).name
+    return report
 
 
 def as_table(threads: int) -> str:
