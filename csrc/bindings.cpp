@@ -557,6 +557,71 @@ void multi_lora_cpu(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride
                     [&](int64_t first, int64_t last) { kernels->multi_lora(args, first, last); });
 }
 
+// An adapter in every pair of matrices [r, d_in] and [d_out, r], or all of them in one pair of stacks of such.
+struct StoredAdapters {
+  Addresses a, b;
+  std::vector<int64_t> ranks;
+  int64_t stack = 1, d_in = 0, d_out = 0;
+  int dtype = kOtherDType;
+
+  // False where the lists are not that, or not beside x.
+  bool take(const py::list& of_a, const py::list& of_b, const Tensor& x) {
+    if (of_a.size() != of_b.size()) return false;
+    bool stacked = false;
+    for (size_t i = 0; i < of_a.size(); ++i) {
+      Tensor one_a, one_b;
+      if (!read({{one_a, of_a[i]}, {one_b, of_b[i]}}) || one_a.ndim < 2 || one_b.ndim < 2) return false;
+      if (i == 0) {
+        stacked = one_a.ndim == 3 && of_a.size() == 1;
+        stack = stacked ? one_a.shape[0] : 1;
+        d_in = one_a.shape[one_a.ndim - 1], d_out = one_b.shape[one_b.ndim - 2];
+        dtype = one_a.dtype();
+      }
+      const int64_t rank = one_a.shape[one_a.ndim - 2];
+      if (!(stacked ? one_a.is(dtype, {stack, rank, d_in}) && one_b.is(dtype, {stack, d_out, rank})
+                    : one_a.is(dtype, {rank, d_in}) && one_b.is(dtype, {d_out, rank})) ||
+          stack * rank * d_in * d_out < 1 || !one_a.is_beside(x) || !one_b.is_beside(x))
+        return false;
+      a.push_back(one_a.address()), b.push_back(one_b.address()), ranks.push_back(rank);
+    }
+    return !a.empty();
+  }
+};
+
+// Whether every leading dimension of x, or the first few of them, has its ids.
+bool ids_fit(const Tensor& ids, const Tensor& x, int64_t adapters) {
+  if (ids.dtype() != kInt64 || !ids.is_contiguous() || ids.ndim < 1 || ids.ndim >= x.ndim || !ids.is_beside(x) ||
+      !std::equal(ids.shape, ids.shape + ids.ndim, x.shape))
+    return false;
+  if (x.device_type != kCpuDevice) return true;
+  const int64_t* values = pointer<int64_t>(ids.address());
+  return std::all_of(values, values + ids.count(), [=](int64_t id) { return id >= -1 && id < adapters; });
+}
+
+std::optional<bool> multi_lora_direct(py::handle y_, py::handle x_, const py::list& a, const py::list& b,
+                                      py::handle ids_, py::handle scalings_, double scaling, int threads) {
+  Tensor y, x, ids, scalings;
+  Rows x_rows, y_rows;
+  StoredAdapters stored;
+  if (!read({{y, y_}, {x, x_}, {ids, ids_}}) || x.dtype() < 0 || !x_rows.take(x) || !y_rows.take(y) ||
+      y.dtype() != x.dtype() || !y.is_beside(x) || y.ndim != x.ndim ||
+      !std::equal(x.shape, x.shape + x.ndim - 1, y.shape) || !stored.take(a, b, x) ||
+      (stored.dtype != x.dtype() && stored.dtype != cpu::kFloat32) || x.shape[x.ndim - 1] != stored.d_in ||
+      y.shape[y.ndim - 1] != stored.d_out || (x_rows.count > 1 && y_rows.stride < stored.d_out) || x_rows.count == 0)
+    return std::nullopt;
+  const int64_t adapters = static_cast<int64_t>(stored.a.size()) * stored.stack;
+  if (!ids_fit(ids, x, adapters)) return std::nullopt;
+  if (!scalings_.is_none() &&
+      (!read({{scalings, scalings_}}) || !scalings.is(cpu::kFloat32, {adapters}) || !scalings.is_beside(x)))
+    return std::nullopt;
+  if (!runs_here(y, threads)) return false;
+  multi_lora_cpu(y.address(), y_rows.stride, x.address(), x_rows.stride, stored.a, stored.b, stored.ranks, stored.stack,
+                 ids.address(), ids.count(), x_rows.count / ids.count(),
+                 scalings_.is_none() ? 0 : scalings.address(), scaling, stored.d_in, stored.d_out, x.dtype(),
+                 stored.dtype, threads);
+  return true;
+}
+
 void multi_lora_backward_cpu(uintptr_t d_x, int64_t d_x_stride, const Addresses& d_a, const Addresses& d_b,
                              uintptr_t d_y, int64_t d_y_stride, uintptr_t x, int64_t x_stride, const Addresses& a,
                              const Addresses& b, const std::vector<int64_t>& ranks, int64_t stack, uintptr_t ids,
@@ -620,6 +685,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("svd_lora_expand_direct", &svd_lora_expand_direct);
   m.def("lora_perturbed_direct", &lora_perturbed_direct);
   m.def("lowrank_perturbed_direct", &lowrank_perturbed_direct);
+  m.def("multi_lora_direct", &multi_lora_direct);
   m.def("gaussian_cpu", &gaussian_cpu);
   m.def("rademacher_cpu", &rademacher_cpu);
   m.def("linear_logprob_cpu", &linear_logprob_cpu);

@@ -52,6 +52,12 @@ struct Tensor : DLTensor {
     return true;
   }
 
+  int64_t count() const {
+    int64_t elements = 1;
+    for (int32_t dim = 0; dim < ndim; ++dim) elements *= shape[dim];
+    return elements;
+  }
+
   bool is_contiguous() const {
     int64_t stride = 1;
     bool adjacent = true;

@@ -17,6 +17,7 @@ from .registration import (
     check_floating,
     check_real,
     check_tensors,
+    direct,
     register,
     rows_of_x,
     rows_of_y,
@@ -153,21 +154,24 @@ def _name(name: str, tensors: Sequence[Tensor], k: int) -> str:
     return name if len(tensors) == 1 else f"{name}[{k}]"
 
 
-def _flat_ids(ids: Tensor, adapters: int) -> Tensor:
-    """The ids as [ids], if they are in range. Only on the CPU: to look at a GPU's memory is to wait for it."""
-    ids = ids.reshape(-1).contiguous()
-    if ids.is_cpu and ids.shape[0]:
+def _check_ids(ids: Tensor, adapters: int) -> None:
+    """Raise unless ids are in range. Only on the CPU: to look at a GPU's memory is to wait for it."""
+    if ids.is_cpu and ids.numel():
         least, most = torch.aminmax(ids)
         if least < -1 or most >= adapters:
             got = int(least) if least < -1 else int(most)
             raise ValueError(f"{OP}: adapter_ids must be in -1 .. {adapters - 1}, got {got}")
-    return ids
 
 
 def _run_inplace(y, x, a, b, ids, scalings, scaling, backend) -> None:
+    done = direct(OP, backend, y, x, a, b, ids, scalings, scaling, has_backward=True)
+    if done:
+        increment_version(y)
+        return
     implementation = dispatch.resolve(OP, x.device, backend)
-    adapters = _check(y, x, a, b, ids, scalings)
-    x, y, ids = rows_of_x(x), rows_of_y(OP, y), _flat_ids(ids, adapters)
+    if done is None:
+        _check_ids(ids, _check(y, x, a, b, ids, scalings))
+    x, y, ids = rows_of_x(x), rows_of_y(OP, y), ids.reshape(-1).contiguous()
     if x.shape[0]:
         implementation(y, x, a, b, ids, scalings, scaling)
         increment_version(y)

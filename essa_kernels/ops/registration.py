@@ -58,14 +58,16 @@ def check_are_tensors(op: str, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}") from None
 
 
-def direct(op: str, backend: str | None, *arguments: Tensor | float) -> bool | None:
+def direct(op: str, backend: str | None, *arguments: object, has_backward: bool = False) -> bool | None:
     """Try an op that works in place as one compiled call, which is most of what few rows cost.
+
+    An op without a backward leaves it to the checks to refuse inputs that require grad.
 
     Returns:
         True if it is computed; False if the arguments are as they must be, but another backend computes it, or the CPU
         was not asked; None if that is not known and the checks are to name what is wrong.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not has_backward:
         return None
     threads = torch.get_num_threads() if backend is None or backend == "cpu" else 0
     return dispatch.direct(op)(*arguments, threads)

@@ -325,6 +325,31 @@ def test_threads_change_nothing(dtype, seed, native):
     assert_threads_change_nothing(results)
 
 
+def test_the_plain_case_is_one_compiled_call(dtype, seed, native):
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch does not show tensors to compiled calls")
+    sequence = random_operands([1, -1, 0], [8, 8], 65, 33, dtype)
+    scalings = torch.tensor([1.0, 2.0])
+    for x, a, b, ids in (sequence, sequence.replace(ids=torch.tensor([0, 1, 1])), sequence.stacked):
+        a, b = ([factor] if isinstance(factor, Tensor) else factor for factor in (a, b))
+        y = torch.zeros(3, 33, dtype=dtype)
+        call = partial(dispatch.direct("multi_lora"), y)
+        assert call(x, a, b, ids, scalings, 1.0, 0) is False
+        assert not y.any()
+        assert call(x, a, b, ids, scalings, 1.0, 1) is True
+        assert y[0].all()
+        for misfit in [
+            (x, a, b, ids, scalings[1:]),
+            (x, a, b, ids + 1, None),
+            (x, a, b, ids[1:], None),
+            (x, a, b[:-1], ids, None),
+            (x, a, [*b[:-1], b[-1][..., 1:]], ids, None),
+            (x[:, 1:], a, b, ids, None),
+            (x[:0], a, b, ids[:0], None),
+        ]:
+            assert call(*misfit, 1.0, 1) is None
+
+
 def test_every_instruction_set(isa_environment):
     """The tests of values, in a process that is held to one instruction set."""
     run_tests("any_sizes or (cpu-cpu and (gradients or float32_adapters))", isa_environment, __file__)
