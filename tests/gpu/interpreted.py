@@ -6,8 +6,12 @@ round to bfloat16, hence the larger errors allowed there.
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from essa_kernels.reference import es_update as reference_update
 from essa_kernels.reference import linear_logprob as reference_logprob
@@ -16,6 +20,7 @@ from essa_kernels.reference import lowrank as reference_lowrank
 from essa_kernels.reference import multi_lora as reference_multi_lora
 from essa_kernels.reference import noise as reference
 from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
+from essa_kernels.tl.tune import tune
 
 from .problems import DTYPES, FLOAT32_ERROR, SHAPES, assert_h, assert_y, problem
 
@@ -35,11 +40,11 @@ def configure(monkeypatch: pytest.MonkeyPatch):
         base = config.CONFIGS["cpu"]
         merged = base | {kernel: base.get(kernel, {}) | entry for kernel, entry in entries.items()}
         monkeypatch.setitem(config.CONFIGS, "cpu", merged)
-        config.config_of.cache_clear()
+        config.IN_USE.clear()
 
     yield override
     monkeypatch.undo()
-    config.config_of.cache_clear()
+    config.IN_USE.clear()
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -79,6 +84,79 @@ def test_updates_have_the_bits_of_the_contract(configure, seed, distribution, ti
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
     assert ends == [float(f[-1]) for f in flat], "wrote past the end"
+
+
+class Hills:
+    """As a measure: seconds that depend on the parameters in use, with the least at these; refused above some."""
+
+    def __init__(self, summits: dict[str, int], refused: dict[str, int]) -> None:
+        self.summits, self.refused, self.tried = summits, refused, []
+
+    def __call__(self, call) -> float:
+        call()
+        ((_, parameters),) = config.IN_USE.items()
+        self.tried.append(parameters)
+        if any(parameters[name] >= least for name, least in self.refused.items()):
+            raise OutOfResources(2, 1, "shared memory")
+        return 1.0 + sum(abs(math.log2(parameters[name] / at)) for name, at in self.summits.items())
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """`configs.json` as it is, whatever the test does."""
+    monkeypatch.setattr(config, "CONFIGS", copy.deepcopy(config.CONFIGS))
+    yield
+    config.IN_USE.clear()
+
+
+def test_tuning_finds_the_fastest_and_changes_no_bits(restored):
+    expected, got = torch.empty(3, 5000), torch.empty(3, 5000)
+    reference.gaussian(expected, 7, 1, 2, 3)
+    hills = Hills({"tiles": 4096}, refused={"tiles": 8192})
+    assert tune(lambda: noise.gaussian(got, 7, 1, 2, 3), measure=hills) == {"cpu": {"gaussian": {"tiles": 4096}}}
+    assert {"tiles": 8192, "num_warps": 4} in hills.tried and {"tiles": 4096, "num_warps": 8} in hills.tried
+    assert config.config(got, "gaussian") == {"tiles": 4096, "num_warps": 4}
+    assert torch.equal(got, expected)
+
+
+def test_tuning_keeps_what_is_fastest_already_and_what_a_small_gain_would_change(restored):
+    out, before = torch.empty(1, 64), config.config(torch.empty(1), "gaussian")
+    hills = Hills({"tiles": before["tiles"]}, refused={})
+    assert tune(lambda: noise.gaussian(out, 7, 1, 2, 3), measure=hills) == {}
+    hills = Hills({"tiles": 2 * before["tiles"]}, refused={})
+    assert tune(lambda: noise.gaussian(out, 7, 1, 2, 3), measure=hills, least_gain=0.6) == {}
+    assert config.config(out, "gaussian") == before
+
+
+def test_interrupted_tuning_leaves_all_as_it_was(restored):
+    out, before = torch.empty(1, 64), config.config(torch.empty(1), "gaussian")
+    seconds = iter([3.0, 2.0, 1.0])
+    with pytest.raises(StopIteration):
+        tune(lambda: noise.gaussian(out, 7, 1, 2, 3), measure=lambda call: call() or next(seconds))
+    assert config.config(out, "gaussian") == before
+
+
+def test_tuning_refuses_what_it_cannot_tune(restored):
+    with pytest.raises(ValueError, match=r"least_gain must be in \[0, 1\), got 1"):
+        tune(lambda: None, least_gain=1)
+    with pytest.raises(ValueError, match="call must launch one of this package's Triton kernels, it launched none"):
+        tune(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ({"sm_90": {"shrink": {}}}, "kernel must be one of gaussian, .*, got 'shrink'"),
+        ({"sm_90": {"mix": {"warps": 4}}}, "mix has the parameters block_rows, num_warps, ranks_bytes, got 'warps'"),
+        ({"sm_90": {"mix": {"num_warps": 8}}, "sm_80": {"mix": {"num_warps": 0}}}, "num_warps must be .* >= 1, got 0"),
+        ({"sm_90": {"mix": {"num_warps": 2.0}}}, r"num_warps must be an integer >= 1, got 2\.0"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused_whole(restored, configs, message):
+    before = copy.deepcopy(config.CONFIGS)
+    with pytest.raises(ValueError, match=message):
+        config.use(configs)
+    assert before == config.CONFIGS
 
 
 @pytest.mark.parametrize("path", PATHS)
