@@ -8,6 +8,7 @@ runs each once on every backend of the device, for compute-sanitizer to watch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -87,6 +88,9 @@ class Adapter:
 
     def y(self, device: str) -> Tensor:
         return torch.randn(self.rows, self.d_out, device=device, dtype=DTYPE)
+
+    def weight(self, device: str) -> Tensor:
+        return torch.randn(self.d_out, self.d_in, device=device, dtype=DTYPE) / self.d_in**0.5
 
     def h(self, device: str) -> Tensor:
         return torch.randn(self.rows, self.rank, device=device)
@@ -176,13 +180,48 @@ def lowrank_update(d_out: int, d_in: int, members: int, distribution: str) -> Pr
 
 def svd_lora_linear(a: Adapter) -> Problem:
     def make(device: str) -> Call:
-        weight = torch.randn(a.d_out, a.d_in, device=device, dtype=DTYPE) / a.d_in**0.5
-        operands = (a.x(device), weight, *a.factors(device), *a.values(device), a.offsets(device))
+        operands = (a.x(device), a.weight(device), *a.factors(device), *a.values(device), a.offsets(device))
         return lambda backend: essa_kernels.svd_lora_linear(*operands, backend=backend)
 
-    moved = a.bytes_of(x=1, y=1, v_a=1, u_b=1) + 2 * a.d_in * a.d_out
-    base = 2 * a.rows * a.d_in * a.d_out
-    return Problem(a.what, make, moved, base + a.flops(a.d_in, a.rank, a.d_out))
+    return with_base_layer(a, svd_lora(a), make)
+
+
+def lora_perturbed_linear(a: Adapter, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        x, weight, members, offsets = (
+            a.x(device),
+            a.weight(device),
+            torch.arange(MEMBERS, device=device),
+            a.offsets(device),
+        )
+        v_a, _, u_b = a.factors(device)
+        return lambda backend: essa_kernels.lora_perturbed_linear(
+            x, weight, v_a, u_b, KEY, 1e-2, members, offsets, distribution=distribution, backend=backend
+        )
+
+    return with_base_layer(a, lora_perturbed(a, distribution), make)
+
+
+def lowrank_perturbed_linear(a: Adapter, distribution: str) -> Problem:
+    def make(device: str) -> Call:
+        x, weight, members, offsets = (
+            a.x(device),
+            a.weight(device),
+            torch.arange(MEMBERS, device=device),
+            a.offsets(device),
+        )
+        options = {"rank": a.rank, "distribution": distribution}
+        return lambda backend: essa_kernels.lowrank_perturbed_linear(
+            x, weight, KEY, 1e-2, members, offsets, backend=backend, **options
+        )
+
+    return with_base_layer(a, lowrank_perturbed(a, distribution), make)
+
+
+def with_base_layer(a: Adapter, delta: Problem, make: Callable[[str], Call]) -> Problem:
+    """The problem of a delta made together with its base layer: y is written once and not read."""
+    moved = delta.moved - a.bytes_of(y=1) + 2 * a.d_in * a.d_out
+    return dataclasses.replace(delta, make=make, moved=moved, flops=delta.flops + 2 * a.rows * a.d_in * a.d_out)
 
 
 @dataclass(frozen=True)
@@ -285,6 +324,10 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "linear_logprob": [linear_logprob(head) for head in heads],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
         "svd_lora_linear": [svd_lora_linear(adapter) for adapter in adapters],
+        "lora_perturbed_linear": [lora_perturbed_linear(adapter, d) for adapter in (few, many) for d in DISTRIBUTIONS],
+        "lowrank_perturbed_linear": [
+            lowrank_perturbed_linear(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS
+        ],
         "multi_lora": [multi_lora(adapters) for adapters in stored],
         "multi_lora_backward": [multi_lora_backward(adapters) for adapters in stored],
     }

@@ -13,8 +13,8 @@ from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
 from .ops.es_update import es_update_, perturb_
 from .ops.linear_logprob import linear_logprob
-from .ops.lora_perturbed import lora_perturbed
-from .ops.lowrank import lowrank_perturbed, lowrank_update_
+from .ops.lora_perturbed import lora_perturbed, lora_perturbed_linear
+from .ops.lowrank import lowrank_perturbed, lowrank_perturbed_linear, lowrank_update_
 from .ops.multi_lora import multi_lora
 from .ops.noise import gaussian, rademacher
 from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
@@ -33,7 +33,9 @@ __all__ = [
     "gaussian",
     "linear_logprob",
     "lora_perturbed",
+    "lora_perturbed_linear",
     "lowrank_perturbed",
+    "lowrank_perturbed_linear",
     "lowrank_update_",
     "multi_lora",
     "perturb_",

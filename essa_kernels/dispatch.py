@@ -27,7 +27,9 @@ OPS = {
     "perturb_": ("es_update", "perturb_"),
     "es_update_": ("es_update", "es_update_"),
     "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
+    "lora_perturbed_linear": ("lora_perturbed", "lora_perturbed_linear"),
     "lowrank_perturbed": ("lowrank", "lowrank_perturbed_"),
+    "lowrank_perturbed_linear": ("lowrank", "lowrank_perturbed_linear"),
     "lowrank_update_": ("lowrank", "lowrank_update_"),
     "multi_lora": ("multi_lora", "multi_lora_"),
     "multi_lora_backward": ("multi_lora", "multi_lora_backward"),
@@ -38,7 +40,9 @@ OPS = {
 # Ops that Triton serves on GPUs, without a CUDA kernel.
 WITHOUT_CUDA = frozenset(
     {
+        "lora_perturbed_linear",
         "lowrank_perturbed",
+        "lowrank_perturbed_linear",
         "lowrank_update_",
         "linear_logprob",
         "linear_logprob_backward",

@@ -58,10 +58,7 @@ def svd_lora_linear(
     offsets: Tensor,
 ) -> None:
     """y = x weight^T + bias by torch, then svd_lora_."""
-    if bias is None:
-        torch.mm(x, weight.T, out=y)
-    else:
-        torch.addmm(bias, x, weight.T, out=y)
+    _linear(y, x, weight, bias)
     svd_lora_(y, x, v_a, core, u_b, s_a, s_b, offsets)
 
 
@@ -114,6 +111,27 @@ def lora_perturbed_(
     # fmt: on
 
 
+def lora_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias by torch, then lora_perturbed_."""
+    _linear(y, x, weight, bias)
+    lora_perturbed_(y, x, a, b, seed, generation, site, sigma, members, offsets, scaling, distribution)
+
+
 def lowrank_perturbed_(
     y: Tensor,
     x: Tensor,
@@ -135,6 +153,25 @@ def lowrank_perturbed_(
         rows, members.shape[0], d_in, d_out, DTYPE_CODE[x.dtype],
     )
     # fmt: on
+
+
+def lowrank_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    rank: int,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias by torch, then lowrank_perturbed_."""
+    _linear(y, x, weight, bias)
+    lowrank_perturbed_(y, x, seed, generation, site, sigma, members, offsets, rank, distribution)
 
 
 def lowrank_update_(
@@ -297,6 +334,14 @@ def _adapters(
     (rows, d_in), count = x.shape, ids.shape[0]
     which = ids.data_ptr(), count, rows // count, _address(scalings), scaling
     return _addresses(a), _addresses(b), ranks, stack, *which, d_in
+
+
+def _linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y = x weight^T + bias by torch."""
+    if bias is None:
+        torch.mm(x, weight.T, out=y)
+    else:
+        torch.addmm(bias, x, weight.T, out=y)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

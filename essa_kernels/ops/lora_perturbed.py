@@ -10,6 +10,7 @@ from .. import dispatch
 from ..noise import NoiseKey
 from .registration import (
     beyond_decode,
+    check_base_layer,
     check_contiguous,
     check_counter,
     check_distribution,
@@ -27,7 +28,7 @@ from .registration import (
     rows_of_y,
 )
 
-OP = "lora_perturbed"
+OP, LINEAR = "lora_perturbed", "lora_perturbed_linear"
 
 
 def lora_perturbed(
@@ -91,18 +92,67 @@ def lora_perturbed(
     return y
 
 
-def _check(y: Tensor, x: Tensor, a: Tensor, b: Tensor, members: Tensor, offsets: Tensor, distribution: str) -> None:
-    check_no_grad(OP, x=x, a=a, b=b, y=y)
-    check_floating(OP, "x", x)
-    r, d_in = check_matrix(OP, "a", a, "r, d_in")
-    d_out, _ = check_matrix(OP, "b", b, "d_out, r")
+def lora_perturbed_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    key: NoiseKey,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    distribution: str = "gaussian",
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and its `lora_perturbed`: ``x weight^T + bias`` plus the delta of every row's member.
+
+    On a GPU two Triton kernels: A's half as ever, then the base layer, whose every tile ends with its own columns of B
+    and their noise. The result is written once and rounded once. On the CPU it is `torch.nn.functional.linear` followed
+    by `lora_perturbed`, and rounded by each. No backward.
+
+    Args:
+        x, a, b, key, sigma, members, offsets, scaling, distribution: as in `lora_perturbed`.
+        weight: [d_out, d_in], x's dtype, contiguous.
+        bias: [d_out], x's dtype, contiguous.
+        backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
+
+    Returns:
+        [..., d_out], x's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_perturbed`.
+
+    Source: as `lora_perturbed`.
+    """
+    noise = (*check_key(LINEAR, key, two_factors=True), check_real(LINEAR, "sigma", sigma))
+    rest = (check_real(LINEAR, "scaling", scaling), check_distribution(LINEAR, distribution), backend)
+    return _linear_op(x, weight, a, b, *noise, members, offsets, bias, *rest)
+
+
+def _check(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    distribution: str,
+    op: str = OP,
+) -> None:
+    check_no_grad(op, x=x, a=a, b=b, y=y)
+    check_floating(op, "x", x)
+    r, d_in = check_matrix(op, "a", a, "r, d_in")
+    d_out, _ = check_matrix(op, "b", b, "d_out, r")
     if a.dtype is not x.dtype and a.dtype is not torch.float32:
-        raise ValueError(f"{OP}: a must have x's dtype, {x.dtype}, or torch.float32, got {a.dtype}")
+        raise ValueError(f"{op}: a must have x's dtype, {x.dtype}, or torch.float32, got {a.dtype}")
     if members.dim() != 1:
-        raise ValueError(f"{OP}: members must have shape [groups], got {list(members.shape)}")
+        raise ValueError(f"{op}: members must have shape [groups], got {list(members.shape)}")
     groups = members.shape[0]
     check_tensors(
-        OP,
+        op,
         x.device,
         ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)),
         ("a", a, a.dtype, "r, d_in", (r, d_in)),
@@ -111,11 +161,11 @@ def _check(y: Tensor, x: Tensor, a: Tensor, b: Tensor, members: Tensor, offsets:
         ("members", members, torch.int64, "groups", (groups,)),
         ("offsets", offsets, torch.int64, "groups + 1", (groups + 1,)),
     )
-    check_contiguous(OP, a=a, members=members, offsets=offsets)
+    check_contiguous(op, a=a, members=members, offsets=offsets)
     if not (b.is_contiguous() or b.mT.is_contiguous()):
-        raise ValueError(f"{OP}: b or its transpose must be contiguous, got strides {list(b.stride())}")
-    check_counter(OP, "a", a.shape, r, d_in, distribution)
-    check_counter(OP, "b", b.shape, r, d_out, distribution)
+        raise ValueError(f"{op}: b or its transpose must be contiguous, got strides {list(b.stride())}")
+    check_counter(op, "a", a.shape, r, d_in, distribution)
+    check_counter(op, "b", b.shape, r, d_out, distribution)
 
 
 def _run_inplace(
@@ -156,6 +206,30 @@ def _fake(x, a, b, *rest) -> Tensor:
     return y
 
 
+def _run_linear(
+    x, weight, a, b, seed, generation, site, sigma, members, offsets, bias, scaling, distribution, backend=None
+) -> Tensor:
+    implementation = dispatch.resolve(LINEAR, x.device, backend)
+    noise = (seed % 2**64, generation, site, sigma)
+    y = _fake_linear(x, weight, a, b, *noise, members, offsets, bias, scaling, distribution)
+    rows = rows_of_x(x)
+    check_members(LINEAR, members)
+    check_offsets(LINEAR, offsets, rows.shape[0])
+    if rows.shape[0]:
+        into = y.view(rows.shape[0], -1)
+        implementation(into, rows, weight, bias, a, b, *noise, members, offsets, scaling, distribution)
+    return y
+
+
+def _fake_linear(
+    x, weight, a, b, seed, generation, site, sigma, members, offsets, bias, scaling, distribution, backend=None
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], check_matrix(LINEAR, "b", b, "d_out, r")[0])
+    _check(y, x, a, b, members, offsets, distribution, LINEAR)
+    check_base_layer(LINEAR, x, y.shape[-1], weight, bias)
+    return y
+
+
 _ARGUMENTS = (
     "Tensor x, Tensor a, Tensor b, SymInt seed, SymInt generation, SymInt site, float sigma, Tensor members, "
     "Tensor offsets, float scaling, str distribution, str? backend=None"
@@ -163,3 +237,9 @@ _ARGUMENTS = (
 
 _op = register(f"{OP}({_ARGUMENTS}) -> Tensor", _run, _fake)
 _inplace_op = register(f"{OP}_(Tensor(a!) y, {_ARGUMENTS}) -> ()", _run_inplace, _fake_inplace)
+_linear_op = register(
+    f"{LINEAR}(Tensor x, Tensor weight, Tensor a, Tensor b, SymInt seed, SymInt generation, SymInt site, float sigma, "
+    "Tensor members, Tensor offsets, Tensor? bias, float scaling, str distribution, str? backend=None) -> Tensor",
+    _run_linear,
+    _fake_linear,
+)

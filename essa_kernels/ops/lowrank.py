@@ -15,11 +15,13 @@ from .registration import (
     as_weights,
     beyond_decode,
     check_apart,
+    check_base_layer,
     check_contiguous,
     check_counter,
     check_distribution,
     check_floating,
     check_key,
+    check_matrix,
     check_members,
     check_no_grad,
     check_offsets,
@@ -35,7 +37,7 @@ from .registration import (
     rows_of_y,
 )
 
-PERTURBED, UPDATE = "lowrank_perturbed", "lowrank_update_"
+PERTURBED, LINEAR, UPDATE = "lowrank_perturbed", "lowrank_perturbed_linear", "lowrank_update_"
 
 
 def lowrank_perturbed(
@@ -96,6 +98,44 @@ def lowrank_perturbed(
     return y
 
 
+def lowrank_perturbed_linear(
+    x: Tensor,
+    weight: Tensor,
+    key: NoiseKey,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rank: int = 1,
+    distribution: str = "gaussian",
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and its `lowrank_perturbed`: ``x weight^T + bias`` plus what every row's member adds.
+
+    On a GPU two Triton kernels: F's half as ever, then the base layer, whose every tile ends with its own columns of E.
+    The result is written once and rounded once. On the CPU it is `torch.nn.functional.linear` followed by
+    `lowrank_perturbed`, and rounded by each. No backward.
+
+    Args:
+        x, key, sigma, members, offsets, rank, distribution: as in `lowrank_perturbed`.
+        weight: [d_out, d_in], x's dtype, contiguous.
+        bias: [d_out], x's dtype, contiguous.
+        backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
+
+    Returns:
+        [..., d_out], x's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lowrank_perturbed`.
+
+    Source: EGGROLL, arXiv 2511.16652.
+    """
+    noise = (*check_key(LINEAR, key, two_factors=True), check_real(LINEAR, "sigma", sigma))
+    rest = (check_size(LINEAR, "rank", rank), check_distribution(LINEAR, distribution), backend)
+    return _linear_op(x, weight, *noise, members, offsets, bias, *rest)
+
+
 def lowrank_update_(
     w: Tensor | Sequence[Tensor],
     key: NoiseKey,
@@ -143,26 +183,33 @@ def lowrank_update_(
 
 
 def _check_perturbed(
-    y: Tensor, x: Tensor, d_out: int, rank: int, members: Tensor, offsets: Tensor, distribution: str
+    y: Tensor,
+    x: Tensor,
+    d_out: int,
+    rank: int,
+    members: Tensor,
+    offsets: Tensor,
+    distribution: str,
+    op: str = PERTURBED,
 ) -> None:
-    check_no_grad(PERTURBED, x=x, y=y)
-    check_floating(PERTURBED, "x", x)
+    check_no_grad(op, x=x, y=y)
+    check_floating(op, "x", x)
     d_in = x.shape[-1]
     if d_in < 1:
-        raise ValueError(f"{PERTURBED}: x must have shape [..., d_in] with d_in >= 1, got {list(x.shape)}")
+        raise ValueError(f"{op}: x must have shape [..., d_in] with d_in >= 1, got {list(x.shape)}")
     if members.dim() != 1:
-        raise ValueError(f"{PERTURBED}: members must have shape [groups], got {list(members.shape)}")
+        raise ValueError(f"{op}: members must have shape [groups], got {list(members.shape)}")
     groups = members.shape[0]
     check_tensors(
-        PERTURBED,
+        op,
         x.device,
         ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)),
         ("members", members, torch.int64, "groups", (groups,)),
         ("offsets", offsets, torch.int64, "groups + 1", (groups + 1,)),
     )
-    check_contiguous(PERTURBED, members=members, offsets=offsets)
-    check_counter(PERTURBED, "[rank, d_in]", (rank, d_in), rank, d_in, distribution)
-    check_counter(PERTURBED, "[rank, d_out]", (rank, d_out), rank, d_out, distribution)
+    check_contiguous(op, members=members, offsets=offsets)
+    check_counter(op, "[rank, d_in]", (rank, d_in), rank, d_in, distribution)
+    check_counter(op, "[rank, d_out]", (rank, d_out), rank, d_out, distribution)
 
 
 def _run_perturbed_inplace(
@@ -202,6 +249,31 @@ def _fake_perturbed(x, d_out, *rest) -> Tensor:
     return y
 
 
+def _run_linear(
+    x, weight, seed, generation, site, sigma, members, offsets, bias, rank, distribution, backend=None
+) -> Tensor:
+    implementation = dispatch.resolve(LINEAR, x.device, backend)
+    noise = (seed % 2**64, generation, site, sigma)
+    y = _fake_linear(x, weight, *noise, members, offsets, bias, rank, distribution)
+    rows = rows_of_x(x)
+    check_members(LINEAR, members)
+    check_offsets(LINEAR, offsets, rows.shape[0])
+    if rows.shape[0]:
+        into = y.view(rows.shape[0], -1)
+        implementation(into, rows, weight, bias, *noise, members, offsets, rank, distribution)
+    return y
+
+
+def _fake_linear(
+    x, weight, seed, generation, site, sigma, members, offsets, bias, rank, distribution, backend=None
+) -> Tensor:
+    d_out, _ = check_matrix(LINEAR, "weight", weight, "d_out, d_in")
+    y = x.new_empty(*x.shape[:-1], d_out)
+    _check_perturbed(y, x, d_out, rank, members, offsets, distribution, LINEAR)
+    check_base_layer(LINEAR, x, d_out, weight, bias)
+    return y
+
+
 def _check_update(
     tensors: Sequence[Tensor], seed, generation, site, weights: Tensor, rank: int, distribution: str, backend=None
 ) -> None:
@@ -238,5 +310,11 @@ _UPDATE_ARGUMENTS = (
 _perturbed_op = register(f"{PERTURBED}({_PERTURBED_ARGUMENTS}) -> Tensor", _run_perturbed, _fake_perturbed)
 _perturbed_inplace_op = register(
     f"{PERTURBED}_(Tensor(a!) y, {_PERTURBED_ARGUMENTS}) -> ()", _run_perturbed_inplace, _fake_perturbed_inplace
+)
+_linear_op = register(
+    f"{LINEAR}(Tensor x, Tensor weight, SymInt seed, SymInt generation, SymInt site, float sigma, Tensor members, "
+    "Tensor offsets, Tensor? bias, SymInt rank, str distribution, str? backend=None) -> Tensor",
+    _run_linear,
+    _fake_linear,
 )
 _update_op = register(f"{UPDATE}({_UPDATE_ARGUMENTS}) -> ()", _run_update, _check_update)

@@ -122,6 +122,16 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
 
 
+def check_base_layer(op: str, x: Tensor, d_out: int, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless they are the weight and the bias of a linear layer that takes x."""
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    check_no_grad(op, **given)
+    check_tensors(op, x.device, ("weight", weight, x.dtype, "d_out, d_in", (d_out, x.shape[-1])))
+    if bias is not None:
+        check_tensors(op, x.device, ("bias", bias, x.dtype, "d_out", (d_out,)))
+    check_contiguous(op, **given)
+
+
 def as_tensors(op: str, name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The tensors that an op with a list takes; a tensor is a list of one."""
     if isinstance(given, Tensor):

@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 from .. import dispatch
 from .registration import (
     beyond_decode,
+    check_base_layer,
     check_contiguous,
     check_floating,
     check_matrix,
@@ -248,14 +249,8 @@ def _fake_inplace(y, x, v_a, core, u_b, s_a, s_b, offsets, backend=None) -> None
 
 def _check_linear(y, x, weight, v_a, core, u_b, s_a, s_b, offsets, bias) -> None:
     op = "svd_lora_linear"
-    check_no_grad(op, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_svd_lora(y, x, v_a, core, u_b, s_a, s_b, offsets, op)
-    d_out, d_in = y.shape[-1], x.shape[-1]
-    check_tensors(op, x.device, ("weight", weight, x.dtype, "d_out, d_in", (d_out, d_in)))
-    check_contiguous(op, weight=weight)
-    if bias is not None:
-        check_tensors(op, x.device, ("bias", bias, x.dtype, "d_out", (d_out,)))
-        check_contiguous(op, bias=bias)
+    check_base_layer(op, x, y.shape[-1], weight, bias)
 
 
 def _run_linear(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend=None) -> Tensor:

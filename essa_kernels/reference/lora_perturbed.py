@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .products import product
+from .products import linear, product
 
 
 def lora_perturbed_(
@@ -37,3 +37,25 @@ def lora_perturbed_(
         h = product(x[first:last], (a.float() + sigma * eps_a).T)
         delta = product(scaling * h, b.float().T + sigma * eps_b)
         y[first:last] = y[first:last].float() + delta
+
+
+def lora_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias + scaling (B + sigma eps_B) ((A + sigma eps_A) x), row by row."""
+    sums = linear(x, weight, bias)
+    lora_perturbed_(sums, x, a, b, seed, generation, site, sigma, members, offsets, scaling, distribution)
+    y.copy_(sums)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .products import product
+from .products import linear, product
 
 
 def lowrank_perturbed_(
@@ -35,6 +35,26 @@ def lowrank_perturbed_(
         scale = (-sigma if member & 1 else sigma) / rank**0.5
         h = product(x[first:last], f_t.T) * scale
         y[first:last] = y[first:last].float() + product(h, e_t)
+
+
+def lowrank_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    rank: int,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias + sigma / sqrt(rank) E (F^T x), row by row."""
+    sums = linear(x, weight, bias)
+    lowrank_perturbed_(sums, x, seed, generation, site, sigma, members, offsets, rank, distribution)
+    y.copy_(sums)
 
 
 def lowrank_update_(

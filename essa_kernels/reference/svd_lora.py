@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import product
+from .products import linear, product
 
 
 def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
@@ -50,8 +50,6 @@ def svd_lora_linear(
     offsets: Tensor,
 ) -> None:
     """y = x weight^T + bias + u_b (s_b[m] * (core (s_a[m] * (v_a x)))), row by row."""
-    sums = product(x, weight.T)
-    if bias is not None:
-        sums += bias.float()
+    sums = linear(x, weight, bias)
     svd_lora_(sums, x, v_a, core, u_b, s_a, s_b, offsets)
     y.copy_(sums)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .perturbed import add_perturbed
+from .perturbed import add_perturbed, noise_of
+from .perturbed_linear import perturbed_linear
 
 
 def lora_perturbed_(
@@ -22,4 +23,26 @@ def lora_perturbed_(
     distribution: str,
 ) -> None:
     """y += scaling (B + sigma eps_B) ((A + sigma eps_A) x), row by row, with the noise of the member that owns the row."""
-    add_perturbed(y, x, a, b, seed, generation, site, sigma, members, offsets, a.shape[0], scaling, distribution)
+    noise = noise_of(seed, generation, site, a.shape[0], distribution, perturbed=True)
+    add_perturbed(y, x, a, b, sigma, members, offsets, scaling, noise)
+
+
+def lora_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias + scaling (B + sigma eps_B) ((A + sigma eps_A) x), row by row."""
+    noise = noise_of(seed, generation, site, a.shape[0], distribution, perturbed=True)
+    perturbed_linear(y, x, weight, bias, a, b, sigma, members, offsets, scaling, noise)

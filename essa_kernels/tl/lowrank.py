@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..noise import GAUSSIAN_TILE, RADEMACHER_TILE
 from .config import config, on_device
-from .noise import GAUSSIAN_COLUMNS, GAUSSIAN_TAG, LANES, RADEMACHER_TAG, draw_groups, key_words
-from .perturbed import add_perturbed
+from .noise import GAUSSIAN_COLUMNS, GAUSSIAN_TAG, LANES, RADEMACHER_TAG, draw_groups, in_order, key_words
+from .perturbed import add_perturbed, noise_of
+from .perturbed_linear import perturbed_linear
 from .storage import rounded
 
 
@@ -29,10 +30,7 @@ def factors(rank, first_f, first_e, f_tiles, e_tiles, k0, k1, site, pair, genera
     group = tl.where(of_e == 1, first_e, first_f) + (index % HALF) // LANES
     tiles_per_row = tl.where(of_e == 1, e_tiles, f_tiles)
     z0, z1, z2, z3 = draw_groups(rank, group, lane, tiles_per_row, k0, k1, site + of_e, pair, generation, RADEMACHER)
-    words = tl.join(tl.join(z0, z1), tl.join(z2, z3))
-    words = tl.reshape(words, (2, HALF // LANES, LANES, 2, 2))  # factor, group, lane, low and high bit of the word
-    both = tl.reshape(tl.permute(words, (1, 4, 3, 2, 0)), (SIDE, 2))
-    return tl.split(both)
+    return tl.split(tl.permute(in_order(z0, z1, z2, z3, 2, SIDE), (1, 0)))
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "site", "generation", "pairs", "f_tiles", "e_tiles"])
@@ -99,8 +97,27 @@ def lowrank_perturbed_(
     distribution: str,
 ) -> None:
     """y += sigma / sqrt(rank) E (F^T x), row by row, with the factors of the pair of the member that owns the row."""
-    scaling = sigma / rank**0.5
-    add_perturbed(y, x, None, None, seed, generation, site, 0.0, members, offsets, rank, scaling, distribution)
+    noise = noise_of(seed, generation, site, rank, distribution, perturbed=False)
+    add_perturbed(y, x, None, None, 0.0, members, offsets, sigma / rank**0.5, noise)
+
+
+def lowrank_perturbed_linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: int,
+    generation: int,
+    site: int,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    rank: int,
+    distribution: str,
+) -> None:
+    """y = x weight^T + bias + sigma / sqrt(rank) E (F^T x), row by row."""
+    noise = noise_of(seed, generation, site, rank, distribution, perturbed=False)
+    perturbed_linear(y, x, weight, bias, None, None, 0.0, members, offsets, sigma / rank**0.5, noise)
 
 
 def lowrank_update_(

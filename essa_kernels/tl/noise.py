@@ -157,6 +157,14 @@ def draw_groups(row, group, lane, tiles_per_row, k0, k1, site, pair, generation,
 
 
 @triton.jit
+def in_order(z0, z1, z2, z3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What `draw_groups` drew for successive lanes of successive groups, as rows of columns in their order."""
+    words = tl.join(tl.join(z0, z1), tl.join(z2, z3))
+    words = tl.reshape(words, (ROWS, COLUMNS // GAUSSIAN_COLUMNS, LANES, 2, 2))  # ..., low and high bit of the word
+    return tl.reshape(tl.permute(words, (0, 1, 4, 3, 2)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def _span(out, tile, tiles, tiles_per_row, cols, TILE: tl.constexpr):
     """Where each tile starts in ``out`` and how many of its elements exist."""
     row = tile // tiles_per_row

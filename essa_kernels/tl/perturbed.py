@@ -191,45 +191,43 @@ def expand_kernel(
         expand(y_rows, delta3, column + 3 * LANES, d_out, inside)
 
 
-def add_perturbed(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    seed: int,
-    generation: int,
-    site: int,
-    sigma: float,
-    members: Tensor,
-    offsets: Tensor,
-    rank: int,
-    scaling: float,
-    distribution: str,
-) -> None:
-    """y += scaling (B + sigma eps_B) ((A + sigma eps_A) x); without a and b, y += +-scaling eps_B (eps_A x)."""
-    (rows, d_in), d_out, groups = x.shape, y.shape[1], members.shape[0]
-    rademacher = distribution == "rademacher"
-    tile = RADEMACHER_TILE if rademacher else GAUSSIAN_TILE
-    key = key_words(RADEMACHER_TAG if rademacher else GAUSSIAN_TAG, seed, generation, site, 0)
+def noise_of(
+    seed: int, generation: int, site: int, rank: int, distribution: str, *, perturbed: bool
+) -> dict[str, int | bool]:
+    """What every kernel is told of the noise. ``perturbed``: it is added to parameters, else it is the factor."""
+    key = key_words(RADEMACHER_TAG if distribution == "rademacher" else GAUSSIAN_TAG, seed, generation, site, 0)
     del key["pair"], key["sign"]
+    return {**key, "RANK": rank, "PERTURBED": perturbed, "RADEMACHER": distribution == "rademacher"}
+
+
+def tiles_of(columns: int, noise: dict[str, int | bool]) -> int:
+    """How many tiles of noise a row of so many columns has."""
+    return triton.cdiv(columns, RADEMACHER_TILE if noise["RADEMACHER"] else GAUSSIAN_TILE)
+
+
+def block_of(x: Tensor, groups: int) -> dict[str, int | bool]:
+    """The blocks of this file's kernels and how they are launched."""
     shape = config(x, "perturbed")
-    block_rows = min(max(2, triton.next_power_of_2(2 * triton.cdiv(rows, groups))), shape["block_rows"])
-    wide = min(shape["lanes"], shape["elements"] // block_rows)
-    groups_at_once, inner_groups = wide // LANES.value, triton.cdiv(d_in, GAUSSIAN_TILE)
-    splits = max(1, min(shape["programs"] // (groups * rank), inner_groups // groups_at_once))
-    split = triton.cdiv(triton.cdiv(inner_groups, splits), groups_at_once) * groups_at_once
-    partial = x.new_empty(triton.cdiv(inner_groups, split), rows, rank, dtype=torch.float32)
-    of_both = {
-        **key,
-        "RANK": rank,
-        "PERTURBED": a is not None,
-        "RADEMACHER": rademacher,
+    block_rows = min(max(2, triton.next_power_of_2(2 * triton.cdiv(x.shape[0], groups))), shape["block_rows"])
+    return {
         "ROWS": block_rows,
-        "WIDE": wide,
+        "WIDE": min(shape["lanes"], shape["elements"] // block_rows),
         "WIDTH": SEARCH_WIDTH,
         "num_warps": shape["num_warps"],
         "enable_fp_fusion": True,
     }
+
+
+def shrunk(
+    x: Tensor, a: Tensor | None, sigma: float, members: Tensor, offsets: Tensor, noise: dict[str, int | bool]
+) -> Tensor:
+    """x (A + sigma eps_A)^T, or without a x eps_A^T with the sign of the even member: float32 [splits, rows, rank], to
+    be summed over splits."""
+    (rows, d_in), groups, rank, block = x.shape, members.shape[0], noise["RANK"], block_of(x, members.shape[0])
+    groups_at_once, inner_groups = block["WIDE"] // LANES.value, triton.cdiv(d_in, GAUSSIAN_TILE)
+    splits = max(1, min(config(x, "perturbed")["programs"] // (groups * rank), inner_groups // groups_at_once))
+    split = triton.cdiv(triton.cdiv(inner_groups, splits), groups_at_once) * groups_at_once
+    partial = x.new_empty(triton.cdiv(inner_groups, split), rows, rank, dtype=torch.float32)
     with on_device(x):
         shrink_kernel[(groups, rank, partial.shape[0])](
             partial,
@@ -241,12 +239,31 @@ def add_perturbed(
             rows,
             d_in,
             split,
-            triton.cdiv(d_in, tile),
+            tiles_of(d_in, noise),
             x.stride(0),
             sigma,
-            **of_both,
+            **noise,
+            **block,
         )
-        expand_kernel[(groups, triton.cdiv(d_out, wide // LANES.value * GAUSSIAN_TILE))](
+    return partial
+
+
+def add_perturbed(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    sigma: float,
+    members: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    noise: dict[str, int | bool],
+) -> None:
+    """y += scaling (B + sigma eps_B) ((A + sigma eps_A) x); without a and b, y += +-scaling eps_B (eps_A x)."""
+    partial = shrunk(x, a, sigma, members, offsets, noise)
+    (splits, rows, _), d_out, groups, block = partial.shape, y.shape[1], members.shape[0], block_of(x, members.shape[0])
+    with on_device(x):
+        expand_kernel[(groups, triton.cdiv(d_out, block["WIDE"] // LANES.value * GAUSSIAN_TILE))](
             y,
             partial,
             y if b is None else b,
@@ -254,12 +271,13 @@ def add_perturbed(
             offsets,
             groups,
             rows,
-            partial.shape[0],
+            splits,
             d_out,
-            triton.cdiv(d_out, tile),
+            tiles_of(d_out, noise),
             y.stride(0),
             *((0, 0) if b is None else b.stride()),
             sigma,
             scaling,
-            **of_both,
+            **noise,
+            **block,
         )

@@ -50,8 +50,8 @@ def owners(offsets, row, members, top_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def project(x, v_a, row, rank, rows, d_in, x_stride, begin, end, R_A: tl.constexpr, INNER: tl.constexpr):
-    """x V_A^T over whole blocks of columns of x, begin .. end - 1, for a block of rows and of ranks: float32."""
+def project(x, v_a, row, rank, rows, d_in, x_stride, begin, end, ranks, INNER: tl.constexpr):
+    """x V_A^T over whole blocks of columns of x, begin .. end - 1, for a block of rows and of the ranks: float32."""
     inner = tl.arange(0, INNER)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
     v_rows = v_a + rank.to(tl.int64)[None, :] * d_in
@@ -60,7 +60,7 @@ def project(x, v_a, row, rank, rows, d_in, x_stride, begin, end, R_A: tl.constex
         column = first + inner
         inside = column < d_in
         x_block = tl.load(x_rows + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        v_block = tl.load(v_rows + column[:, None], mask=inside[:, None] & (rank < R_A)[None, :], other=0.0)
+        v_block = tl.load(v_rows + column[:, None], mask=inside[:, None] & (rank < ranks)[None, :], other=0.0)
         sums = dot(x_block, v_block, sums)
     return sums
 
@@ -404,7 +404,7 @@ def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor
             offsets,
             rows,
             members,
-            _top_stride(members),
+            top_stride(members),
             splits,
             h.stride(0),
             R_A=r_a,
@@ -479,7 +479,7 @@ def svd_lora_linear(
             offsets,
             rows,
             members,
-            _top_stride(members),
+            top_stride(members),
             d_in,
             d_out,
             x.stride(0),
@@ -551,7 +551,7 @@ def _mix_expand(
             offsets,
             rows,
             members,
-            _top_stride(members),
+            top_stride(members),
             splits,
             d_out,
             y.stride(0),
@@ -584,7 +584,7 @@ def _fused(
             offsets,
             rows,
             members,
-            _top_stride(members),
+            top_stride(members),
             d_in,
             d_out,
             y.stride(0),
@@ -614,7 +614,7 @@ def _rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
     return min(_padded(rank), config(tensor, kernel)["ranks_bytes"] // tensor.element_size())
 
 
-def _top_stride(members: int) -> int:
+def top_stride(members: int) -> int:
     """The first step of `owners`."""
     stride = 1
     while stride * SEARCH_WIDTH < members:

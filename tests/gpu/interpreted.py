@@ -240,6 +240,37 @@ def test_perturbed_forward(configure, seed, distribution, shape, d_in):
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("shape", "counts", "d_in", "d_out"),
+    [
+        ({}, [3, 2, 0, 7], 129, 70),
+        ({"block_rows": 16, "block_columns_bytes": 256, "elements": 256}, [11, 1, 1, 9], 2100, 129),
+        ({"max_rows": ALWAYS}, [1, 1, 1, 1], 65, 2050),
+    ],
+    ids=["few rows", "several blocks", "many rows"],
+)
+def test_perturbed_linear(configure, seed, distribution, shape, counts, d_in, d_out):
+    """Pairs that lie apart, odd members alone; more pairs and ranks than are drawn at once where blocks are small."""
+    configure({"perturbed_linear_decode": shape})
+    members, offsets = torch.tensor([4, 9, 2, 5]), torch.tensor([0, *counts]).cumsum(0)
+    where, key, rows = (members, offsets), (2**64 - 1, 7, 4), sum(counts)
+    for dtype, rank in ((torch.float32, 3), (torch.bfloat16, 1), (torch.float16, 5)):
+        x, weight, a = (torch.randn(n, d_in).div(d_in**0.5).to(dtype) for n in (rows, d_out, rank))
+        bias, b = torch.randn(d_out).to(dtype), torch.randn(rank, d_out).to(dtype).T
+        of_lora = (x, weight, bias, a, b, *key, 0.3, *where, 2.0, distribution)
+        of_lowrank = (x, weight, None, *key, 0.3, *where, rank, distribution)
+        for op, reference_op, operands in (
+            (lora_perturbed.lora_perturbed_linear, reference_lora.lora_perturbed_linear, of_lora),
+            (lowrank.lowrank_perturbed_linear, reference_lowrank.lowrank_perturbed_linear, of_lowrank),
+        ):
+            got, expected = torch.full((rows + 1, d_out), float("nan"), dtype=dtype), torch.empty(rows, d_out).to(dtype)
+            op(got[:-1], *operands)
+            reference_op(expected, *operands)
+            torch.testing.assert_close(got[:-1], expected)
+            assert got[-1].isnan().all(), "wrote past the end"
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("side", [64, 128])
 def test_lowrank_updates_have_the_bits_of_the_contract(configure, seed, distribution, side):
     configure({"lowrank_update": {"side": side}})

@@ -236,6 +236,44 @@ def test_perturbed_at_other_shapes(launches, arch, dtype, distribution, rows):
     check_perturbed(launches, arch, dtype, distribution, rows)
 
 
+def check_perturbed_linear(launches, arch, dtype: torch.dtype, distribution: str, rows: int, size: int = 4096) -> None:
+    """What ends the base layer for both ops, with so many rows for 64 members."""
+    y, x, a, _, b, *_, offsets = operands(rows, 8, dtype, size)
+    weight, members = (
+        torch.empty(shape, dtype=t, device="meta") for shape, t in [((size, size), dtype), (64, torch.int64)]
+    )
+    of_lora, where = (a.float(), b.float().mT.contiguous().mT), (members, offsets)
+    lora_perturbed.lora_perturbed_linear(
+        y, x, weight, weight[0], *of_lora, 2**64 - 1, 5, 2, 0.01, *where, 2.0, distribution
+    )
+    lowrank.lowrank_perturbed_linear(y, x, weight, None, 2**64 - 1, 5, 2, 0.01, *where, 1, distribution)
+    assert len(launches) == 4
+    for launch in launches[1::2]:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256, most_shared=160 << 10)
+        if arch.startswith("sm"):
+            ptx = kernel.asm["ptx"]
+            assert_noise_is_correctly_rounded(ptx)
+            if size % 16 == 0 and dtype is not torch.float32:
+                assert not re.search(r"ld\.global\.[bu](8|16)\b", ptx), "narrow loads"
+                assert re.search("mma", ptx), "no matrix unit"
+
+
+@pytest.mark.parametrize("rows", [64, 512])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_perturbed_linear(launches, arch, distribution, rows):
+    check_perturbed_linear(launches, arch, torch.bfloat16, distribution, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4096, 1134])
+@pytest.mark.parametrize("rows", [7, 4096])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_perturbed_linear_at_other_shapes(launches, arch, dtype, distribution, rows, size):
+    check_perturbed_linear(launches, arch, dtype, distribution, rows, size)
+
+
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_lowrank_update(launches, arch, distribution):
     weights = [torch.empty(4864, 896, dtype=torch.bfloat16, device="meta"), torch.empty(129, 7, device="meta")]

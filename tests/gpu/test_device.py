@@ -11,7 +11,9 @@ from essa_kernels import (
     es_update_,
     gaussian,
     lora_perturbed,
+    lora_perturbed_linear,
     lowrank_perturbed,
+    lowrank_perturbed_linear,
     lowrank_update_,
     multi_lora,
     perturb_,
@@ -92,6 +94,34 @@ def test_perturbed_at_model_size_repeats_in_a_graph(on_gpu, seed, distribution, 
     step(*given, **options)
     assert torch.equal(device[4].cpu().view(torch.int16), w.view(torch.int16))
     torch.testing.assert_close(device[3].cpu().float(), operands[3].float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_perturbed_linear_at_model_size_repeats_in_a_graph(seed, distribution, rows):
+    """Both ops, captured, compute what the reference does, and the same bits every time."""
+    d_in, d_out = 3584, 4096
+    members, offsets = torch.randperm(16).cuda(), torch.arange(17).cuda() * rows
+    shapes = ((16 * rows, d_in), (d_out, d_in), (8, d_in), (d_out, 8))
+    x, weight, a, b = (torch.randn(shape, device="cuda").div(shape[1] ** 0.5).bfloat16() for shape in shapes)
+    options = {"distribution": distribution, "bias": weight.view(-1)[:d_out]}
+
+    def step(backend: str) -> list[torch.Tensor]:
+        rest = (EVEN_KEY, 0.1, members, offsets)
+        return [
+            lora_perturbed_linear(x, weight, a, b, *rest, scaling=2.0, backend=backend, **options),
+            lowrank_perturbed_linear(x, weight, *rest, rank=2, backend=backend, **options),
+        ]
+
+    first = step("triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step("triton")
+    graph.replay()
+    for got, again, expected in zip(first, replayed, step("reference"), strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got.float(), expected.float(), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])

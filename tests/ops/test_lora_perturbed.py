@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from essa_kernels import NoiseKey, lora_perturbed
+from essa_kernels import NoiseKey, lora_perturbed, lora_perturbed_linear
 
 from .member_rows import CASES, KEY, groups, noise, offsets_of
-from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing
+from .oracle import (
+    DTYPES,
+    assert_linear_no_worse_than_torch,
+    assert_linear_takes_any_layout,
+    assert_no_worse_than_torch,
+    assert_threads_change_nothing,
+    bad_base_layers,
+    skip_unavailable,
+)
 
 SIGMA, SCALING = 0.37, 1.7
 
@@ -49,6 +57,14 @@ def call(operands: Operands, y: Tensor | None = None, distribution: str = "gauss
     x, a, b, members, offsets = operands
     arguments = {"scaling": SCALING, "distribution": distribution, "y": y} | arguments
     return lora_perturbed(x, a, b, KEY, SIGMA, members, offsets, **arguments)
+
+
+def call_linear(
+    operands: Operands, weight: Tensor, bias: Tensor | None = None, distribution: str = "gaussian", **arguments
+) -> Tensor:
+    x, a, b, members, offsets = operands
+    arguments = {"scaling": SCALING, "distribution": distribution} | arguments
+    return lora_perturbed_linear(x, weight, a, b, KEY, SIGMA, members, offsets, bias, **arguments)
 
 
 def with_torch(operands: Operands, y: Tensor | None, distribution: str, dtype: torch.dtype) -> Tensor:
@@ -164,6 +180,80 @@ def test_a_row_depends_on_its_own_group_only(backend, dtype, seed):
     assert got[60:].isnan().all()
 
 
+# With its base layer
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_linear(backend, dtype, case, biased, distribution, seed):
+    operands = random_operands(*CASES[case], dtype, backend[1])
+    assert_linear(backend, operands, distribution, biased=biased)
+
+
+def test_linear_with_parameters_kept_in_float32(backend, distribution, seed):
+    operands = random_operands(*CASES["pairs"], torch.float32, backend[1])
+    assert_linear(backend, operands.replace(x=operands.x.bfloat16()), distribution, biased=True)
+
+
+def assert_linear(backend: tuple[str, str], operands: Operands, distribution: str, *, biased: bool) -> None:
+    assert_linear_no_worse_than_torch(
+        backend,
+        "lora_perturbed_linear",
+        lambda weight, bias: call_linear(operands, weight, bias, distribution, backend=backend[0]),
+        lambda base, precision: with_torch(operands, base, distribution, precision),
+        operands.x,
+        len(operands.b),
+        biased=biased,
+        precision=torch.float32,
+    )
+
+
+def test_linear_of_any_layout(backend, dtype, seed):
+    name, device = backend
+    operands = random_operands([5, 4], [4, 8], 65, 33, 8, dtype, device)
+
+    def of(x: Tensor, weight: Tensor) -> Tensor:
+        return call_linear(operands.replace(x=x), weight, backend=name)
+
+    assert_linear_takes_any_layout(backend, "lora_perturbed_linear", of, operands.x, 33)
+    weight = torch.randn(33, 65).to(device, dtype)
+    rank_major = operands.replace(b=operands.b.T.contiguous().T)
+    assert_close(call_linear(rank_major, weight, backend=name), of(operands.x, weight))
+
+
+@pytest.mark.parametrize("counts", [[], [0], [0, 0, 0]])
+def test_linear_of_no_rows(backend, counts):
+    name, device = backend
+    skip_unavailable(name, device, "lora_perturbed_linear")
+    operands = random_operands(list(range(len(counts))), counts, 65, 33, 8, device=device)
+    assert call_linear(operands, torch.zeros(33, 65, device=device), backend=name).shape == (0, 33)
+
+
+def test_a_pair_is_antithetic_in_linear(backend, distribution, seed):
+    """Member 2k + 1 at sigma is member 2k at -sigma, bit for bit."""
+    name, device = backend
+    skip_unavailable(name, device, "lora_perturbed_linear")
+    x, a, b, _, offsets = random_operands([0, 1], [7, 5], 129, 65, 8, device=device)
+    weight, members = torch.randn(65, 129, device=device), torch.tensor([10, 11], device=device)
+    plus, minus = (
+        lora_perturbed_linear(x, weight, a, b, KEY, sigma, order, offsets, distribution=distribution, backend=name)
+        for sigma, order in ((SIGMA, members), (-SIGMA, members.flip(0)))
+    )
+    assert torch.equal(plus, minus)
+
+
+def test_a_row_of_linear_depends_on_its_own_group_only(backend, dtype, seed):
+    name, device = backend
+    skip_unavailable(name, device, "lora_perturbed_linear")
+    operands = random_operands([2, 3, 8], [30, 30, 30], 129, 65, 8, dtype, device)
+    weight, x = torch.randn(65, 129).to(device, dtype), torch.full_like(operands.x, torch.nan)
+    x[30:60] = operands.x[30:60]
+    got = call_linear(operands.replace(x=x), weight, backend=name)
+    assert_close(got[30:60], call_linear(operands, weight, backend=name)[30:60], rtol=0, atol=0)
+    assert got[:30].isnan().all()
+    assert got[60:].isnan().all()
+
+
 # Layouts
 
 
@@ -229,6 +319,9 @@ def test_opcheck(seed):
     arguments = (x, a, b, 5, 1, 2, SIGMA, *where, SCALING, "rademacher", None)
     torch.library.opcheck(torch.ops.essa.lora_perturbed.default, arguments)
     torch.library.opcheck(torch.ops.essa.lora_perturbed_.default, (torch.randn(5, 7), *arguments))
+    for bias in (None, torch.randn(7)):
+        arguments = (x, torch.randn(7, 9), a, b, 5, 1, 2, SIGMA, *where, bias, SCALING, "rademacher", None)
+        torch.library.opcheck(torch.ops.essa.lora_perturbed_linear.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -237,12 +330,13 @@ def test_compiles_whole(dynamic, seed):
     def layer(operands: Operands, weight: Tensor) -> Tensor:
         y = operands.x @ weight
         call(operands, y)
-        return y * 2 + call(operands, distribution="rademacher")
+        return call_linear(operands, weight.T.contiguous(), y[0]) + call(operands, distribution="rademacher")
 
     for members, counts in (([0, 1], [2, 3]), ([7, 2], [4, 7])):
         operands = random_operands(members, counts, 9, 7, 3)
         weight = torch.randn(9, 7)
-        expected = call(operands, operands.x @ weight) * 2 + call(operands, distribution="rademacher")
+        y = call(operands, operands.x @ weight)
+        expected = call_linear(operands, weight.T.contiguous(), y[0]) + call(operands, distribution="rademacher")
         assert_close(layer(operands, weight), expected)
 
 
@@ -250,6 +344,8 @@ def test_meta_tensors_have_the_shape():
     operands = random_operands([0, 1], [2, 3], 9, 7, 3, torch.bfloat16, "meta")
     assert call(operands).shape == (5, 7)
     assert call(operands).dtype is torch.bfloat16
+    y = call_linear(operands, torch.empty(7, 9, dtype=torch.bfloat16, device="meta"))
+    assert (y.shape, y.dtype) == ((5, 7), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["x", "a", "b", "y"])
@@ -331,6 +427,25 @@ def test_bad_operands_are_refused(name, value, message, seed):
     assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize(("name", "value", "message"), [*BAD_OPERANDS, *bad_base_layers(7, 9)])
+def test_bad_operands_of_linear_are_refused(name, value, message, seed):
+    arguments = {**random_operands([0, 1], [2, 3], 9, 7, 3)._asdict(), "weight": torch.zeros(7, 9), name: value}
+    with pytest.raises(ValueError, match=f"^lora_perturbed_linear: ({message})"):
+        lora_perturbed_linear(**arguments, key=KEY, sigma=SIGMA)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_gradients_of_linear_are_refused(name, seed):
+    arguments = random_operands([0, 1], [2, 3], 9, 7, 3)._asdict() | {
+        "weight": torch.zeros(7, 9),
+        "bias": torch.zeros(7),
+    }
+    arguments[name].requires_grad_()
+    message = f"^lora_perturbed_linear: {name} requires grad, but lora_perturbed_linear has no backward"
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=message):
+        lora_perturbed_linear(**arguments, key=KEY, sigma=SIGMA)
+
+
 @pytest.mark.parametrize(("y", "message"), BAD_Y)
 def test_bad_y_is_refused(y, message, seed):
     with pytest.raises(ValueError, match=f"^lora_perturbed: {message}"):
@@ -342,6 +457,9 @@ def test_bad_arguments_are_refused(arguments, error, message, seed):
     operands = random_operands([0, 1], [2, 3], 9, 7, 3)._asdict()
     with pytest.raises(error, match=f"^lora_perturbed: {message}"):
         lora_perturbed(**{**operands, "key": KEY, "sigma": SIGMA, **arguments})
+    if arguments != {"backend": "cuda"}:
+        with pytest.raises(error, match=f"^lora_perturbed_linear: {message}"):
+            lora_perturbed_linear(**{**operands, "weight": torch.zeros(7, 9), "key": KEY, "sigma": SIGMA, **arguments})
 
 
 def test_factors_beyond_the_counter_are_refused():

@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from essa_kernels import NoiseKey, lowrank_perturbed, lowrank_update_
+from essa_kernels import NoiseKey, lowrank_perturbed, lowrank_perturbed_linear, lowrank_update_
 
 from .member_rows import CASES, KEY, groups, noise, offsets_of
-from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
+from .oracle import (
+    DTYPES,
+    assert_linear_no_worse_than_torch,
+    assert_linear_takes_any_layout,
+    assert_no_worse_than_torch,
+    assert_threads_change_nothing,
+    bad_base_layers,
+    run_tests,
+    skip_unavailable,
+)
 
 SIGMA = 0.37
 
@@ -61,6 +70,14 @@ def call(operands: Operands, y: Tensor | None = None, distribution: str = "gauss
     x, members, offsets, d_out, rank = operands
     options = {"rank": rank, "distribution": distribution, "y": y} | arguments
     return lowrank_perturbed(x, d_out, KEY, SIGMA, members, offsets, **options)
+
+
+def call_linear(
+    operands: Operands, weight: Tensor, bias: Tensor | None = None, distribution: str = "gaussian", **arguments
+) -> Tensor:
+    x, members, offsets, _, rank = operands
+    options = {"rank": rank, "distribution": distribution} | arguments
+    return lowrank_perturbed_linear(x, weight, KEY, SIGMA, members, offsets, bias, **options)
 
 
 def with_torch(operands: Operands, y: Tensor | None, distribution: str, dtype: torch.dtype) -> Tensor:
@@ -185,6 +202,67 @@ def test_no_rows(backend, counts):
     assert call(operands, backend=name).shape == (0, 33)
 
 
+# With its base layer
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_linear(backend, dtype, case, biased, distribution, seed):
+    operands = random_operands(*CASES[case], dtype, backend[1])
+    assert_linear_no_worse_than_torch(
+        backend,
+        "lowrank_perturbed_linear",
+        lambda weight, bias: call_linear(operands, weight, bias, distribution, backend=backend[0]),
+        lambda base, precision: with_torch(operands, base, distribution, precision),
+        operands.x,
+        operands.d_out,
+        biased=biased,
+        precision=torch.float32,
+    )
+
+
+def test_linear_of_any_layout(backend, dtype, seed):
+    operands = random_operands([5, 4], [4, 8], 65, 33, 2, dtype, backend[1])
+    assert_linear_takes_any_layout(
+        backend,
+        "lowrank_perturbed_linear",
+        lambda x, weight: call_linear(operands.replace(x=x), weight, backend=backend[0]),
+        operands.x,
+        33,
+    )
+
+
+@pytest.mark.parametrize("counts", [[], [0], [0, 0, 0]])
+def test_linear_of_no_rows(backend, counts):
+    name, device = backend
+    skip_unavailable(name, device, "lowrank_perturbed_linear")
+    operands = random_operands(list(range(len(counts))), counts, 65, 33, 2, device=device)
+    assert call_linear(operands, torch.zeros(33, 65, device=device), backend=name).shape == (0, 33)
+
+
+def test_a_pair_is_antithetic_in_linear(backend, distribution, seed):
+    """Member 2k + 1 gives the negative of what member 2k gives, bit for bit, where the base layer gives nothing."""
+    name, device = backend
+    skip_unavailable(name, device, "lowrank_perturbed_linear")
+    operands = random_operands([10, 11], [7, 7], 129, 65, 3, device=device)
+    operands = operands.replace(x=operands.x[:7].repeat(2, 1))
+    y = call_linear(operands, torch.zeros(65, 129, device=device), None, distribution, backend=name)
+    assert y[:7].any()
+    assert torch.equal(y[:7], -y[7:])
+
+
+def test_a_row_of_linear_depends_on_its_own_group_only(backend, dtype, seed):
+    name, device = backend
+    skip_unavailable(name, device, "lowrank_perturbed_linear")
+    operands = random_operands([2, 3, 8], [30, 30, 30], 129, 65, 2, dtype, device)
+    weight, x = torch.randn(65, 129).to(device, dtype), torch.full_like(operands.x, torch.nan)
+    x[30:60] = operands.x[30:60]
+    got = call_linear(operands.replace(x=x), weight, backend=name)
+    assert_close(got[30:60], call_linear(operands, weight, backend=name)[30:60], rtol=0, atol=0)
+    assert got[:30].isnan().all()
+    assert got[60:].isnan().all()
+
+
 def test_threads_change_nothing(dtype, distribution, seed, native):
     operands = random_operands([*range(50), 77], [1] * 50 + [300], 300, 2100, 2, dtype)
     assert_threads_change_nothing(lambda: call(operands, None, distribution, backend="cpu"))
@@ -289,6 +367,9 @@ def test_opcheck(seed):
     arguments = (x, d_out, 5, 1, 2, SIGMA, *where, rank, "rademacher", None)
     torch.library.opcheck(torch.ops.essa.lowrank_perturbed.default, arguments)
     torch.library.opcheck(torch.ops.essa.lowrank_perturbed_.default, (torch.randn(5, 7), *arguments))
+    for bias in (None, torch.randn(7)):
+        arguments = (x, torch.randn(7, 9), 5, 1, 2, SIGMA, *where, bias, rank, "rademacher", None)
+        torch.library.opcheck(torch.ops.essa.lowrank_perturbed_linear.default, arguments)
     weights = [torch.randn(5, 7), torch.randn(3, 4)]
     torch.library.opcheck(
         torch.ops.essa.lowrank_update_.default, (weights, 5, 1, 2, torch.randn(3), 2, "gaussian", None)
@@ -301,7 +382,7 @@ def test_compiles_whole(dynamic, seed):
         y = operands.x @ weight
         call(operands, y)
         lowrank_update_(weight, KEY, torch.arange(4.0), rank=2)
-        return y * 2 + call(operands, distribution="rademacher")
+        return call_linear(operands, weight.T.contiguous(), y[0]) + call(operands, distribution="rademacher")
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for members, counts in (([0, 1], [2, 3]), ([7, 2], [4, 7])):
@@ -316,6 +397,8 @@ def test_meta_tensors_have_the_shape():
     operands = random_operands([0, 1], [2, 3], 9, 7, 3, torch.bfloat16, "meta")
     assert call(operands).shape == (5, 7)
     assert call(operands).dtype is torch.bfloat16
+    y = call_linear(operands, torch.empty(7, 9, dtype=torch.bfloat16, device="meta"))
+    assert (y.shape, y.dtype) == ((5, 7), torch.bfloat16)
 
 
 def test_gradients_are_refused(seed):
@@ -323,6 +406,13 @@ def test_gradients_are_refused(seed):
     with torch.enable_grad():
         with pytest.raises(RuntimeError, match="lowrank_perturbed: x requires grad, but lowrank_perturbed has no back"):
             call(operands.replace(x=operands.x.clone().requires_grad_()))
+        for name in ("x", "weight", "bias"):
+            linear = {"x": operands.x, "weight": torch.zeros(7, 9), "bias": torch.zeros(7), "key": KEY, "sigma": SIGMA}
+            linear |= {"members": operands.members, "offsets": operands.offsets}
+            linear[name] = linear[name].clone().requires_grad_()
+            message = f"lowrank_perturbed_linear: {name} requires grad, but lowrank_perturbed_linear has no backward"
+            with pytest.raises(RuntimeError, match=message):
+                lowrank_perturbed_linear(**linear)
         with pytest.raises(RuntimeError, match="lowrank_perturbed: y requires grad"):
             call(operands, torch.zeros(5, 7, requires_grad=True))
         with pytest.raises(RuntimeError, match=r"lowrank_update_: w\[1\] requires grad"):
@@ -404,6 +494,31 @@ def test_bad_operands_are_refused(name, value, message, seed):
     with pytest.raises(ValueError, match=f"^lowrank_perturbed: {message}"):
         lowrank_perturbed(**{**arguments, "key": KEY, "sigma": SIGMA, name: value})
     assert torch.equal(arguments["y"], before)
+
+
+BAD_WEIGHT = (
+    "weight",
+    torch.zeros(9),
+    r"weight must have shape \[d_out, d_in\] with d_out >= 1 and d_in >= 1, got \[9\]",
+)
+OF_LINEAR = [bad for bad in BAD_OPERANDS if bad[0] not in ("x", "y", "d_out")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [*BAD_OPERANDS[:3], *OF_LINEAR, *bad_base_layers(7, 9), BAD_WEIGHT]
+)
+def test_bad_operands_of_linear_are_refused(name, value, message, seed):
+    x, members, offsets, *_ = random_operands([0, 1], [2, 3], 9, 7, 3)
+    arguments = {
+        "x": x,
+        "weight": torch.zeros(7, 9),
+        "members": members,
+        "offsets": offsets,
+        "key": KEY,
+        "sigma": SIGMA,
+    }
+    with pytest.raises(ValueError, match=f"^lowrank_perturbed_linear: {message}"):
+        lowrank_perturbed_linear(**{**arguments, name: value})
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_UPDATES)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,7 +14,15 @@ from torch.testing import assert_close
 
 from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
 
-from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
+from .oracle import (
+    DTYPES,
+    assert_linear_no_worse_than_torch,
+    assert_linear_takes_any_layout,
+    assert_no_worse_than_torch,
+    assert_threads_change_nothing,
+    bad_base_layers,
+    run_tests,
+)
 
 # rows of each member, d_in, d_out, r_a, r_b
 CASES = {
@@ -179,37 +186,30 @@ def test_a_row_depends_on_its_own_group_only(backend, dtype, seed):
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear(backend, dtype, sizes, biased, seed):
-    name, device = backend
-    if reason := dispatch.unavailable(name, device, "svd_lora_linear"):
-        pytest.skip(reason)
-    operands = random_operands(*sizes, dtype, device)
-    weight = (torch.randn(sizes[2], sizes[1]) / sizes[1] ** 0.5).to(device, dtype)
-    bias = torch.randn(sizes[2]).to(device, dtype) if biased else None
-    got = svd_lora_linear(operands.x, weight, *operands[1:], bias, backend=name)
-
-    def whole(precision: torch.dtype) -> Tensor:
-        # On the CPU the base layer is torch's, rounded before the delta.
-        of_base = dtype if name == "cpu" else precision
-        base = F.linear(operands.x.to(of_base), weight.to(of_base), bias.to(of_base) if biased else None)
-        return with_torch(operands, base, precision)
-
-    assert_no_worse_than_torch(got, whole(dtype), whole(torch.float64))
+    operands = random_operands(*sizes, dtype, backend[1])
+    assert_linear_no_worse_than_torch(
+        backend,
+        "svd_lora_linear",
+        lambda weight, bias: svd_lora_linear(operands.x, weight, *operands[1:], bias, backend=backend[0]),
+        lambda base, precision: with_torch(operands, base, precision),
+        operands.x,
+        len(operands.u_b),
+        biased=biased,
+    )
 
 
 def test_linear_of_any_layout(backend, seed):
     name, device = backend
-    if reason := dispatch.unavailable(name, device, "svd_lora_linear"):
-        pytest.skip(reason)
     operands = random_operands([4, 8], 65, 33, 8, 8, device=device)
-    weight = torch.randn(33, 65, device=device)
-    expected = svd_lora_linear(operands.x, weight, *operands[1:], backend=name)
-    frame = torch.full((12, 100), torch.nan, device=device)
-    frame[:, 3:68] = operands.x
-    assert_close(svd_lora_linear(frame[:, 3:68], weight, *operands[1:], backend=name), expected)
-    folded = svd_lora_linear(operands.x.view(3, 4, 65), weight, *operands[1:], backend=name)
-    assert_close(folded, expected.view(3, 4, 33))
+    assert_linear_takes_any_layout(
+        backend,
+        "svd_lora_linear",
+        lambda x, weight: svd_lora_linear(x, weight, *operands[1:], backend=name),
+        operands.x,
+        33,
+    )
     empty = random_operands([], 65, 33, 8, 8, device=device)
-    assert svd_lora_linear(empty.x, weight, *empty[1:], backend=name).shape == (0, 33)
+    assert svd_lora_linear(empty.x, torch.zeros(33, 65, device=device), *empty[1:], backend=name).shape == (0, 33)
 
 
 def test_linear_is_registered(seed):
@@ -223,11 +223,7 @@ def test_linear_is_registered(seed):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("weight", torch.zeros(7, 8), r"weight must have shape \[d_out, d_in\] = \[7, 9\], got \[7, 8\]"),
-        ("weight", torch.zeros(7, 9).half(), "weight must have dtype torch.float32, got torch.float16"),
-        ("weight", torch.zeros(9, 7).T, r"weight must be contiguous, got strides \[1, 7\]"),
-        ("bias", torch.zeros(6), r"bias must have shape \[d_out\] = \[7\], got \[6\]"),
-        ("bias", torch.zeros(14)[::2], r"bias must be contiguous, got strides \[2\]"),
+        *bad_base_layers(7, 9),
         ("x", torch.zeros(5, 8), r"x must have shape \[..., d_in\] = \[5, 9\], got \[5, 8\]"),
         (
             "offsets",
