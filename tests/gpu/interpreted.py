@@ -245,14 +245,14 @@ def test_perturbed_forward(configure, seed, distribution, shape, d_in):
     [
         ({}, [3, 2, 0, 7], 129, 70),
         ({"block_rows": 16, "block_columns_bytes": 256, "elements": 256}, [11, 1, 1, 9], 2100, 129),
-        ({"max_rows": ALWAYS}, [1, 1, 1, 1], 65, 2050),
+        ({"max_rows": ALWAYS, "elements": 1024}, [1] * 40, 65, 2050),
     ],
     ids=["few rows", "several blocks", "many rows"],
 )
 def test_perturbed_linear(configure, seed, distribution, shape, counts, d_in, d_out):
-    """Pairs that lie apart, odd members alone; more pairs and ranks than are drawn at once where blocks are small."""
-    configure({"perturbed_linear_decode": shape})
-    members, offsets = torch.tensor([4, 9, 2, 5]), torch.tensor([0, *counts]).cumsum(0)
+    """A pair apart, an odd member alone, an empty group; more pairs or ranks than are drawn at once."""
+    configure({"perturbed_linear_decode": shape, "perturbed_linear": shape})
+    members, offsets = torch.tensor([4, 9, 2, 5, *range(10, 6 + len(counts))]), torch.tensor([0, *counts]).cumsum(0)
     where, key, rows = (members, offsets), (2**64 - 1, 7, 4), sum(counts)
     for dtype, rank in ((torch.float32, 3), (torch.bfloat16, 1), (torch.float16, 5)):
         x, weight, a = (torch.randn(n, d_in).div(d_in**0.5).to(dtype) for n in (rows, d_out, rank))

@@ -79,6 +79,29 @@ def assert_linear_takes_any_layout(
     assert_close(call(x.view(3, 4, d_in), weight), expected.view(3, 4, d_out))
 
 
+def assert_linear_is_antithetic(backend: tuple[str, str], op: str, call: Callable[[float, Tensor], Tensor]) -> None:
+    """``call(sigma, members)``: member 2k + 1 at sigma is member 2k at -sigma, bit for bit."""
+    name, device = backend
+    skip_unavailable(name, device, op)
+    members = torch.tensor([10, 11], device=device)
+    assert torch.equal(call(0.37, members), call(-0.37, members.flip(0)))
+    assert not torch.equal(call(0.37, members), call(0.37, members.flip(0)))
+
+
+def assert_rows_of_linear_are_apart(
+    backend: tuple[str, str], op: str, call: Callable[[Tensor], Tensor], x: Tensor
+) -> None:
+    """What ``call(x)`` makes of 30 rows depends on no row of the groups of 30 before and after."""
+    name, device = backend
+    skip_unavailable(name, device, op)
+    alone = torch.full_like(x, torch.nan)
+    alone[30:60] = x[30:60]
+    got = call(alone)
+    assert_close(got[30:60], call(x)[30:60], rtol=0, atol=0)
+    assert got[:30].isnan().all()
+    assert got[60:].isnan().all()
+
+
 def skip_unavailable(name: str, device: str, op: str) -> None:
     """Skip the test where the backend has no such op."""
     if reason := dispatch.unavailable(name, device, op):

@@ -16,9 +16,11 @@ from essa_kernels import NoiseKey, lora_perturbed, lora_perturbed_linear
 from .member_rows import CASES, KEY, groups, noise, offsets_of
 from .oracle import (
     DTYPES,
+    assert_linear_is_antithetic,
     assert_linear_no_worse_than_torch,
     assert_linear_takes_any_layout,
     assert_no_worse_than_torch,
+    assert_rows_of_linear_are_apart,
     assert_threads_change_nothing,
     bad_base_layers,
     skip_unavailable,
@@ -230,28 +232,25 @@ def test_linear_of_no_rows(backend, counts):
 
 
 def test_a_pair_is_antithetic_in_linear(backend, distribution, seed):
-    """Member 2k + 1 at sigma is member 2k at -sigma, bit for bit."""
-    name, device = backend
-    skip_unavailable(name, device, "lora_perturbed_linear")
-    x, a, b, _, offsets = random_operands([0, 1], [7, 5], 129, 65, 8, device=device)
-    weight, members = torch.randn(65, 129, device=device), torch.tensor([10, 11], device=device)
-    plus, minus = (
-        lora_perturbed_linear(x, weight, a, b, KEY, sigma, order, offsets, distribution=distribution, backend=name)
-        for sigma, order in ((SIGMA, members), (-SIGMA, members.flip(0)))
-    )
-    assert torch.equal(plus, minus)
+    x, a, b, _, offsets = random_operands([0, 1], [7, 5], 129, 65, 8, device=backend[1])
+    weight, options = torch.randn(65, 129, device=backend[1]), {"distribution": distribution, "backend": backend[0]}
+
+    def of(sigma: float, members: Tensor) -> Tensor:
+        return lora_perturbed_linear(x, weight, a, b, KEY, sigma, members, offsets, **options)
+
+    assert_linear_is_antithetic(backend, "lora_perturbed_linear", of)
 
 
 def test_a_row_of_linear_depends_on_its_own_group_only(backend, dtype, seed):
     name, device = backend
-    skip_unavailable(name, device, "lora_perturbed_linear")
     operands = random_operands([2, 3, 8], [30, 30, 30], 129, 65, 8, dtype, device)
-    weight, x = torch.randn(65, 129).to(device, dtype), torch.full_like(operands.x, torch.nan)
-    x[30:60] = operands.x[30:60]
-    got = call_linear(operands.replace(x=x), weight, backend=name)
-    assert_close(got[30:60], call_linear(operands, weight, backend=name)[30:60], rtol=0, atol=0)
-    assert got[:30].isnan().all()
-    assert got[60:].isnan().all()
+    weight = torch.randn(65, 129).to(device, dtype)
+    assert_rows_of_linear_are_apart(
+        backend,
+        "lora_perturbed_linear",
+        lambda x: call_linear(operands.replace(x=x), weight, backend=name),
+        operands.x,
+    )
 
 
 # Layouts

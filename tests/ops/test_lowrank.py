@@ -17,9 +17,11 @@ from essa_kernels import NoiseKey, lowrank_perturbed, lowrank_perturbed_linear, 
 from .member_rows import CASES, KEY, groups, noise, offsets_of
 from .oracle import (
     DTYPES,
+    assert_linear_is_antithetic,
     assert_linear_no_worse_than_torch,
     assert_linear_takes_any_layout,
     assert_no_worse_than_torch,
+    assert_rows_of_linear_are_apart,
     assert_threads_change_nothing,
     bad_base_layers,
     run_tests,
@@ -241,26 +243,26 @@ def test_linear_of_no_rows(backend, counts):
 
 
 def test_a_pair_is_antithetic_in_linear(backend, distribution, seed):
-    """Member 2k + 1 gives the negative of what member 2k gives, bit for bit, where the base layer gives nothing."""
-    name, device = backend
-    skip_unavailable(name, device, "lowrank_perturbed_linear")
-    operands = random_operands([10, 11], [7, 7], 129, 65, 3, device=device)
-    operands = operands.replace(x=operands.x[:7].repeat(2, 1))
-    y = call_linear(operands, torch.zeros(65, 129, device=device), None, distribution, backend=name)
-    assert y[:7].any()
-    assert torch.equal(y[:7], -y[7:])
+    x, _, offsets, *_ = random_operands([0, 1], [7, 5], 129, 65, 3, device=backend[1])
+    weight = torch.randn(65, 129, device=backend[1])
+    options = {"rank": 3, "distribution": distribution, "backend": backend[0]}
+
+    def of(sigma: float, members: Tensor) -> Tensor:
+        return lowrank_perturbed_linear(x, weight, KEY, sigma, members, offsets, **options)
+
+    assert_linear_is_antithetic(backend, "lowrank_perturbed_linear", of)
 
 
 def test_a_row_of_linear_depends_on_its_own_group_only(backend, dtype, seed):
     name, device = backend
-    skip_unavailable(name, device, "lowrank_perturbed_linear")
     operands = random_operands([2, 3, 8], [30, 30, 30], 129, 65, 2, dtype, device)
-    weight, x = torch.randn(65, 129).to(device, dtype), torch.full_like(operands.x, torch.nan)
-    x[30:60] = operands.x[30:60]
-    got = call_linear(operands.replace(x=x), weight, backend=name)
-    assert_close(got[30:60], call_linear(operands, weight, backend=name)[30:60], rtol=0, atol=0)
-    assert got[:30].isnan().all()
-    assert got[60:].isnan().all()
+    weight = torch.randn(65, 129).to(device, dtype)
+    assert_rows_of_linear_are_apart(
+        backend,
+        "lowrank_perturbed_linear",
+        lambda x: call_linear(operands.replace(x=x), weight, backend=name),
+        operands.x,
+    )
 
 
 def test_threads_change_nothing(dtype, distribution, seed, native):
