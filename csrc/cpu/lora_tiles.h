@@ -180,6 +180,7 @@ constexpr int kExpandColumns = kExpandVectors * W;
 constexpr int kRowsAhead = kExpandRows > kShrinkRows ? kExpandRows : kShrinkRows;  // that are prefetched
 
 constexpr int64_t kPanelFloats = 1 << 15;
+constexpr int64_t kPanelFloatsOfFewRows = 1 << 12;  // which use a panel once: it stays in L1
 
 // A factor [columns, ranks]; either dimension may be the contiguous one.
 template <class Element>
@@ -247,8 +248,8 @@ void pack_panel(const Factor<typename P::Element>& f, int64_t at, int64_t column
     pack<P>(f, at + j, columns - j < kExpandColumns ? columns - j : kExpandColumns, panel + j * f.ranks);
 }
 
-inline int64_t panel_columns(int64_t columns, int64_t words) {
-  const int64_t blocks = kPanelFloats / (words * kExpandColumns);
+inline int64_t panel_columns(int64_t columns, int64_t words, int64_t floats = kPanelFloats) {
+  const int64_t blocks = floats / (words * kExpandColumns);
   const int64_t fit = (blocks > 1 ? blocks : 1) * kExpandColumns, all = round_up(columns, kExpandColumns);
   return fit < all ? fit : all;
 }
@@ -423,7 +424,8 @@ inline int64_t expand_room(int64_t ranks) {
 template <class T, class P, class Rows>
 void expand(Rows y, int64_t rows, const float* h, int64_t h_stride, const Factor<typename P::Element>& f, float* room) {
   typedef Tiles<T, P> Tile;
-  const int64_t words = Tile::words(f.ranks), width = panel_columns(f.columns, words);
+  const int64_t words = Tile::words(f.ranks);
+  const int64_t width = panel_columns(f.columns, words, rows > kExpandRows ? kPanelFloats : kPanelFloatsOfFewRows);
   float* panel = room + kExpandRows * round_up(f.ranks, 16);
   for (int64_t at = 0; at < f.columns; at += width) {
     const int64_t columns = f.columns - at < width ? f.columns - at : width;

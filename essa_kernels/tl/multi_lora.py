@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config, on_device
+from .storage import rounded
 from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32
 
 
@@ -154,7 +155,7 @@ def expand_rows_kernel(
     place = y + row[:, None] * y_stride + column[None, :]
     inside = (owner < adapters)[:, None] & (column < d)[None, :]
     result = tl.load(place, mask=inside, other=0.0).to(tl.float32) + delta
-    tl.store(place, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(place, rounded(result, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -194,7 +195,7 @@ def gradient_kernel(
         block = tl.load(x + row[:, None] * x_stride + column[None, :], mask=x_mask, other=0.0)
         sums = dot_of_float32(tl.trans(h), block, sums)
     place = places_of(gradient, start, ranks, rank[:, None], column[None, :], d, WIDE)
-    tl.store(place, sums.to(gradient.dtype.element_ty), mask=(rank < ranks)[:, None] & (column < d)[None, :])
+    tl.store(place, rounded(sums, gradient.dtype.element_ty), mask=(rank < ranks)[:, None] & (column < d)[None, :])
 
 
 class Batch(NamedTuple):

@@ -21,10 +21,9 @@ from .config import config, on_device
 from .noise import GAUSSIAN_COLUMNS, LANES, draw_groups, in_order
 from .perturbed import UNSPECIALIZED, shrunk, tiles_of
 from .storage import rounded
-from .svd_lora import LEAST_RANKS, SEARCH_WIDTH, dot, owners, project, top_stride
+from .svd_lora import LEAST_RANKS, SEARCH_WIDTH, dot, misaligned, owners, project, top_stride
 
 SPLITS_AT_ONCE = tl.constexpr(4)
-ALIGNED = 16  # elements: what Triton asks for to load several at once
 NO_PAIR = tl.constexpr(-(2**31))
 
 
@@ -170,9 +169,7 @@ def perturbed_linear(
     partial = shrunk(x, a, sigma, members, offsets, noise)
     (splits, rows, rank), (d_out, d_in), groups = partial.shape, weight.shape, members.shape[0]
     few = config(x, "perturbed_linear_decode")
-    # Elements that are not loaded several at once take an address each: too many registers for large blocks.
-    small = rows <= few["max_rows"] or d_in % ALIGNED or x.stride(0) % ALIGNED
-    shape = few if small else config(x, "perturbed_linear")
+    shape = few if rows <= few["max_rows"] or misaligned(x) else config(x, "perturbed_linear")
     block_rows = shape["block_rows"]
     columns = max(shape["block_columns_bytes"] // x.element_size(), GAUSSIAN_TILE)
     drawn = shape["elements"] // columns

@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config, on_device
+from .storage import rounded
 
 LEAST_RANKS = tl.constexpr(16)  # the shortest inner dimension of a matrix product
+ALIGNED = 16  # elements: what Triton asks for to load several at once
 SEARCH_WIDTH = 64
 LEAST_SPLIT_BLOCKS = 2  # blocks of d_in that make a split worth its partial sums
 BEYOND_ANY_ROW = tl.constexpr(2**62)
@@ -138,7 +140,7 @@ def add_to(y, delta, row, column, rows, d_out, y_stride):
     place = y + row.to(tl.int64)[:, None] * y_stride + column[None, :]
     inside = (row < rows)[:, None] & (column < d_out)[None, :]
     sums = tl.load(place, mask=inside, other=0.0).to(tl.float32) + delta
-    tl.store(place, sums.to(y.dtype.element_ty), mask=inside)
+    tl.store(place, rounded(sums, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -369,7 +371,7 @@ def linear_kernel(
             )
             sums = expand(h_block, u_b, column, rank, d_out, sums, R_B, TRANSPOSED)
     place = y + row.to(tl.int64)[:, None] * d_out + column[None, :]
-    tl.store(place, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < d_out)[None, :])
+    tl.store(place, rounded(sums, y.dtype.element_ty), mask=(row < rows)[:, None] & (column < d_out)[None, :])
 
 
 def svd_lora_(
@@ -459,6 +461,8 @@ def svd_lora_linear(
     few = config(x, "linear_decode")
     shrinks = rows <= few["max_rows"] and max(r_a, r_b) <= few["max_ranks_bytes"] // x.element_size()
     shape = few if rows <= few["max_rows"] else config(x, "linear")
+    if misaligned(x):
+        shape = config(x, "linear_misaligned")
     h = None
     if not shrinks:
         h = x.new_empty(rows, r_b, dtype=torch.float32)
@@ -498,6 +502,11 @@ def svd_lora_linear(
             enable_fp_fusion=True,
             num_stages=shape["num_stages"],
         )
+
+
+def misaligned(x: Tensor) -> bool:
+    """Whether a row's elements cannot be loaded several at once: each takes an address, too many for large blocks."""
+    return x.shape[1] % ALIGNED != 0 or x.stride(0) % ALIGNED != 0
 
 
 def _project(x: Tensor, v_a: Tensor) -> Tensor:
