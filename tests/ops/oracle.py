@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +141,17 @@ def bad_base_layers(d_out: int, d_in: int) -> list[tuple[str, Tensor, str]]:
         ("bias", torch.zeros(d_out).half(), "bias must have dtype torch.float32, got torch.float16"),
         ("bias", torch.zeros(2 * d_out)[::2], r"bias must be contiguous, got strides \[2\]"),
     ]
+
+
+def growth(call: Callable[[], object]) -> int:
+    """Kilobytes that a call adds to this process at its peak, by the kernel's high-water mark. Linux only."""
+
+    def kilobytes(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+    before = kilobytes("VmRSS")
+    result = call()
+    assert result is not None
+    return kilobytes("VmHWM") - before

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from essa_kernels import NoiseKey, lora_perturbed, lora_perturbed_linear
+from essa_kernels import NoiseKey, explain, lora_perturbed, lora_perturbed_linear
 
 from .member_rows import CASES, KEY, groups, noise, offsets_of
 from .oracle import (
@@ -467,3 +467,9 @@ def test_factors_beyond_the_counter_are_refused():
     a, b = a.new_empty(2**15, 2**20), b.new_empty(7, 2**15)
     with pytest.raises(ValueError, match=r"a must fit the counter, rows \* ceil\(cols / 64\) \* 16 <= 2\*\*32, got"):
         lora_perturbed(x, a, b, KEY, SIGMA, *where)
+
+
+def test_explain_says_what_each_noise_costs():
+    text = explain("lora_perturbed")
+    assert "* rademacher" in text and "multi_lora" in text
+    assert "rademacher" not in explain("svd_lora")
