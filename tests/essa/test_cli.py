@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -175,7 +176,9 @@ def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path):
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_tells_how_to_resume(align, tmp_path, sent, code):
-    running = process(*without(align, "--generations"), "--generations", "100000")
+    # Tests that a shell runs in the background ignore SIGINT, and so would what they start.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = process(*without(align, "--generations"), "--generations", "100000", preexec_fn=heard)
     history = tmp_path / "run" / HISTORY_FILE
     while not (history.exists() and history.stat().st_size > 3000):
         assert running.poll() is None, running.stderr.read()
