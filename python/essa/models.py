@@ -75,11 +75,12 @@ def load_base(
     quantization: str = "none",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer, from a local folder or the hub.
 
     `quantization` int8 or int4 quantises its linear layers while they are loaded; a model that arrives quantised stays
-    as it is.
+    as it is. `attn_implementation` is transformers' name of the attention, or None for its choice.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -97,6 +98,7 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **({"quantization_config": config} if config else {}),
+            **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
         )
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except InputError:

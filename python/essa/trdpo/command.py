@@ -17,9 +17,17 @@ from essa.data import read_rows, split_rows
 from essa.models import load_adapter, load_base
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.settings import COMMAND_FILE, CommandSettings
-from essa.trdpo.trainer import TRDPOTrainer
+from essa.trdpo.trainer import TRDPOTrainer, check_attention
 
-NOT_TRAINING_ARGUMENTS = ("lora_r", "lora_alpha", "lora_target_modules", "dtype", "quantization", "device")
+NOT_TRAINING_ARGUMENTS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "dtype",
+    "quantization",
+    "attn_implementation",
+    "device",
+)
 
 
 def run_trdpo(
@@ -59,6 +67,7 @@ def run_trdpo(
     if adapter is not None and settings.lora_r == 0:
         raise InputError("adapter must not be given with lora_r 0, which trains the whole model")
     args = _training_arguments(settings, evaluate=eval_dataset_name is not None or eval_split is not None)
+    check_attention(settings.attn_implementation, args.device)
     train, evaluation = read_rows(dataset_name, split=dataset_split), None
     if eval_dataset_name is not None:
         evaluation = read_rows(eval_dataset_name, split=eval_dataset_split, argument="eval_dataset_name")
@@ -71,6 +80,7 @@ def run_trdpo(
         quantization=settings.quantization,
         device=settings.device,
         trust_remote_code=trust_remote_code,
+        attn_implementation=settings.attn_implementation,
     )
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -90,6 +90,9 @@ class CommandSettings(MethodSettings):
     )
     dtype: str = setting("auto", "auto (as saved), float32, bfloat16 or float16.")
     quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8 or none.")
+    attn_implementation: str | None = setting(
+        None, "Attention, by transformers' names: sdpa, flex_attention (on a GPU), ... Default: transformers' choice."
+    )
     device: str = setting("auto", "auto (a GPU if there is one) or cpu.")
     learning_rate: float = setting(1e-6, "Step size of AdamW. LoRA adapters usually want 10 to 100 times the default.")
     lr_scheduler_type: str = setting("linear", "Schedule of the learning rate, by transformers' names.")

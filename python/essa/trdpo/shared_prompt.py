@@ -5,7 +5,9 @@ at the end of the prompt for every completion, and attention keeps the completio
 an ordinary causal sequence, a further completion sees the prompt and itself. The log-probabilities are those of separate
 sequences.
 
-It is done by an attention function of our own, which a model takes through transformers' attention interface.
+It is done by an attention function of our own, which a model takes through transformers' attention interface: one
+FlexAttention call with a block mask for a model loaded with `attn_implementation="flex_attention"`, else one SDPA call a
+branch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from essa.models import bare
 
-NAME = "essa_shared_prompt"
+NAMES = {
+    "eager": "essa_shared_prompt",
+    "sdpa": "essa_shared_prompt",
+    "flex_attention": "essa_shared_prompt_flex",
+}
+"""Our attention function for each `attn_implementation` of a model that there is one for."""
 
 FAMILIES = frozenset(
     [
@@ -47,11 +56,14 @@ FAMILIES = frozenset(
 
 def why_not(model: nn.Module) -> str | None:
     """Why prompts cannot be shared on this model, or None where they can."""
-    kind = bare(model).config.get_text_config().model_type
+    config = bare(model).config
+    kind, implementation = config.get_text_config().model_type, config._attn_implementation
     if kind not in FAMILIES:
         return (
             f"models of type {kind!r} are not among those it is known to be exact for ({', '.join(sorted(FAMILIES))})"
         )
+    if implementation not in NAMES:
+        return f"attn_implementation must be one of {', '.join(NAMES)} for it, got {implementation!r}"
     return None
 
 
@@ -61,6 +73,7 @@ class Branches:
     def __init__(self, lengths: list[list[int]]) -> None:
         self.lengths = lengths
         self._masks: dict[Any, Tensor] = {}
+        self._block_masks: dict[Any, BlockMask] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
         """What to add to the scores [queries, keys] of the last `queries` of `keys` positions: 0, or -inf if unseen."""
@@ -74,6 +87,34 @@ class Branches:
             )
         return self._masks[key]
 
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """What every position of the row sees, for FlexAttention."""
+        if window not in self._block_masks:
+            # Numbers would be compiled in: what differs between layers and batches lies in tensors.
+            ends, positions = (tensor.to(device) for tensor in self._ends_and_positions())
+            earliest = torch.zeros_like(positions) if window is None else positions - window + 1
+
+            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key <= query) & (query < ends[key]) & (positions[key] >= earliest[query])
+
+            # Uncompiled it would hold the mask of all pairs of positions.
+            create = torch.compile(create_block_mask)
+            self._block_masks[window] = create(seen, None, None, len(ends), len(ends), device)
+        return self._block_masks[window]
+
+    def _ends_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Of every token: the first position of the row after it that does not see it, and its place in its sequence."""
+        ends, positions, start = [], [], 0
+        for prompt, *completions in self.lengths:
+            ends.append(torch.full((prompt,), start + prompt + sum(completions)))
+            positions.append(torch.arange(prompt))
+            start += prompt
+            for length in completions:
+                start += length
+                ends.append(torch.full((length,), start))
+                positions.append(torch.arange(prompt, prompt + length))
+        return torch.cat(ends), torch.cat(positions)
+
 
 @contextmanager
 def sharing(model: nn.Module) -> Iterator[None]:
@@ -81,7 +122,7 @@ def sharing(model: nn.Module) -> Iterator[None]:
     config = bare(model).config
     before = config._attn_implementation
     try:
-        config._attn_implementation = NAME
+        config._attn_implementation = NAMES[before]
         yield
     finally:
         config._attn_implementation = before
@@ -101,8 +142,7 @@ def attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention along the branches of a row: query, key and value [1, heads, positions, size]."""
-    if branches is None or attention_mask is not None:
-        raise RuntimeError(f"{type(module).__name__} hands no branches, or a mask of its own, to its attention")
+    branches = _handed(module, branches, attention_mask)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -143,4 +183,26 @@ def _capped(
     return F.dropout(weights, dropout) @ v
 
 
-AttentionInterface.register(NAME, attention)
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    branches: Branches | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """`attention` as one call of FlexAttention, as transformers makes it."""
+    mask = _handed(module, branches, attention_mask).block_mask(sliding_window, query.device)
+    return flex_attention_forward(module, query, key, value, mask, **settings)[0], None
+
+
+def _handed(module: nn.Module, branches: Branches | None, attention_mask: Tensor | None) -> Branches:
+    if branches is None or attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} hands no branches, or a mask of its own, to its attention")
+    return branches
+
+
+AttentionInterface.register(NAMES["sdpa"], attention)
+AttentionInterface.register(NAMES["flex_attention"], flex_attention)

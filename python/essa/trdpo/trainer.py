@@ -85,6 +85,7 @@ class TRDPOTrainer(Trainer):
             processing_class = load_tokenizer(bare(model).config._name_or_path)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
+        check_attention(bare(model).config._attn_implementation, args.device)
         model = _with_adapter(model, peft_config)
         check_trainable(model)
         _disable_dropout(model)
@@ -333,6 +334,7 @@ class TRDPOTrainer(Trainer):
             ("model", bare(self.model).config._name_or_path or type(bare(self.model)).__name__),
             ("trained", "a LoRA adapter" if isinstance(self.model, PeftModel) else "the whole model"),
             ("prompts", "shared by both completions" if self._shared else "computed for each completion"),
+            ("attention", bare(self.model).config._attn_implementation),
             ("training rows", len(train)),
             ("pairs whose completions are identical", train.identical),
             ("rows cut to max_length", train.truncated),
@@ -368,6 +370,14 @@ class _MoveReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._moves and state.global_step % self._steps == 0:
             self._reference.update(self._alpha, state.global_step)
+
+
+def check_attention(implementation: str | None, device: torch.device) -> None:
+    """Raise `InputError` for an `attn_implementation` that cannot be trained with on a device."""
+    if implementation == "flex_attention" and device.type == "cpu":
+        raise InputError(
+            "attn_implementation 'flex_attention' needs a GPU: torch has no backward pass for it on the CPU; use sdpa"
+        )
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -67,8 +67,9 @@ def test_a_yaml_file_and_kto_on_the_whole_model(command, tmp_path):
 
 
 def test_from_a_given_adapter(command, warm_start, tmp_path):
-    result = essa(*command, "--adapter", warm_start, "--save_steps", "0")
+    result = essa(*command, "--adapter", warm_start, "--save_steps", "0", "--attn_implementation", "eager")
     assert result.exit_code == 0, result.output
+    assert "<td>eager</td>" in (tmp_path / "run/report.html").read_text()
     assert weights(tmp_path / "run/adapter") != weights(warm_start)
 
 
@@ -83,6 +84,8 @@ def test_from_a_given_adapter(command, warm_start, tmp_path):
         (["--lora_target_modules", "nowhere"], "peft_config does not fit this model"),
         (["--adapter", "./missing"], "adapter './missing' is not a folder"),
         (["--lr_scheduler_type", "steep"], "steep"),
+        (["--attn_implementation", "flex_attention"], "attn_implementation 'flex_attention' needs a GPU"),
+        (["--attn_implementation", "sharp"], 'attn_implementation="sharp"'),
         (["--max_length", "3"], "leaves nothing of max_length 3"),
     ],
 )

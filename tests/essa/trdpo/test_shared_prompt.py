@@ -65,6 +65,44 @@ def test_shared_and_separate_are_the_models_own(family, seed):
     torch.testing.assert_close(model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape, torch.Size([1, 3, 97]))
 
 
+FLEXIBLE = [family for family in FAMILIES if make_model(family)._supports_flex_attn]
+
+
+def compare_flex_attention(family):
+    model, rows = make_model(family).eval(), examples(SIZES)
+    batch = Collator(0, True)(rows)
+    with torch.no_grad():
+        expected = by_hand(model, rows)
+        model.set_attn_implementation("flex_attention")
+        assert why_not(model) is None
+        install(model)
+        with sharing(model):
+            found = sequence_sums(token_logps(model, batch), batch)
+    assert model.config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", FLEXIBLE)
+def test_flex_attention_gives_what_separate_sequences_give(family, seed):
+    """Uncompiled, and forward only: on the CPU it has no backward pass."""
+    with torch.compiler.set_stance("force_eager"):
+        compare_flex_attention(family)
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_gives_what_separate_sequences_give(seed):
+    compare_flex_attention("gemma3")
+
+
+def test_other_attention_is_named():
+    model = make_model()
+    model.config._attn_implementation = "flash_attention_2"
+    assert why_not(model) == (
+        "attn_implementation must be one of eager, sdpa, flex_attention for it, got 'flash_attention_2'"
+    )
+
+
 def test_every_supported_family_is_tested():
     assert {make_model(family).config.model_type for family in FAMILIES} == SUPPORTED
 
@@ -104,6 +142,18 @@ def test_the_reason_is_logged(caplog, tokenizer, tmp_path):
     with caplog.at_level(logging.WARNING):
         TRDPOTrainer(make_model("Mamba"), args=args, train_dataset=make_pairs(4), processing_class=tokenizer)
     assert "computed twice, not shared: models of type 'mamba'" in caplog.text
+
+
+def test_flex_attention_is_not_trained_on_the_cpu(tokenizer, tmp_path):
+    from essa.trdpo import TRDPOConfig, TRDPOTrainer
+
+    from .conftest import make_pairs
+
+    model = make_model()
+    model.set_attn_implementation("flex_attention")
+    args = TRDPOConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(InputError, match="attn_implementation 'flex_attention' needs a GPU"):
+        TRDPOTrainer(model, args=args, train_dataset=make_pairs(4), processing_class=tokenizer)
 
 
 def test_a_head_that_does_more_than_we_know_is_refused():
