@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor
 from essa_kernels import NoiseKey, es_update_, gaussian, perturb_, rademacher
 
 from . import make_known_answers
-from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, run_tests
+from .oracle import DTYPES, assert_no_worse_than_torch, assert_threads_change_nothing, peaks, run_tests
 
 KEY = NoiseKey(2**63 + 2026, generation=2**31 + 3, site=4)
 MEMBER = 2**33 - 1
@@ -203,29 +200,19 @@ def test_the_opposite_perturbation_is_no_way_back(backend, seed):
     assert torch.equal(t.copy_(base), base)
 
 
-HIGH_WATER = """
+UPDATE = """
 import torch
 from essa_kernels import NoiseKey, es_update_
 
-def kilobytes(field):
-    lines = open("/proc/self/status").read().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
-
 t, weights = torch.zeros(2**22), {members: torch.randn(members) for members in (8, 512)}
 es_update_(t, NoiseKey(0), torch.ones(2), backend="cpu")
-for members in (8, 512):
-    open("/proc/self/clear_refs", "w").write("5")
-    before = kilobytes("VmRSS")
-    es_update_(t, NoiseKey(0), weights[members], distribution="rademacher", backend="cpu")
-    print(kilobytes("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_members(native):
     """Beside 16 MiB of parameters: less than one more of them, and the same for 8 members as for 512."""
-    run = subprocess.run([sys.executable, "-c", HIGH_WATER], capture_output=True, text=True, check=True)
-    few, many = map(int, run.stdout.split())
+    call = 'es_update_(t, NoiseKey(0), weights[{}], distribution="rademacher", backend="cpu")'
+    few, many = peaks(UPDATE, call.format(8), call.format(512))
     assert few < 512
     assert many < 512
 
