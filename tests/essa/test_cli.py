@@ -57,6 +57,13 @@ def process(*arguments, **options):
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+def run_apart(*arguments):
+    """A whole run in a process of its own."""
+    running = process(*arguments)
+    _, told = running.communicate()
+    assert running.returncode == 0, told
+
+
 def test_weights_are_searched_without_an_adapter_and_come_out_as_a_model(align, data, tmp_path):
     chosen = ["--parametrization", "lowrank", "--noise", "rademacher", "--optimizer", "momentum"]
     result = essa(*without(align, "--adapter"), *chosen)
@@ -149,9 +156,13 @@ def test_resume_takes_its_options_from_the_run(align, tmp_path):
     assert result.exit_code == 2 and "no run to resume" in result.stderr
 
 
-def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path, workers):
+    if workers and importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray")
     long = [*without(without(align, "--generations"), "--output_dir"), "--generations", "25", "--strategy", "cma"]
-    assert essa(*long, "--output_dir", tmp_path / "whole").exit_code == 0
+    long += ["--num_workers", workers, "--row_budget", "32"]
+    run_apart(*long, "--output_dir", tmp_path / "whole")
 
     folder = tmp_path / "killed"
     running = process(*long, "--output_dir", folder)
@@ -164,8 +175,7 @@ def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path):
     done = sum("rewards" in record for record in Run.read(folder).records)
     assert done < 25
 
-    result = essa("align", "--resume_from_checkpoint", folder)
-    assert result.exit_code == 0, result.output
+    run_apart("align", "--resume_from_checkpoint", folder)
     assert weights(folder) == weights(tmp_path / "whole")
     whole, resumed = (
         [(record["prompts"], record["candidates"], record["rewards"]) for record in run.records if "rewards" in record]

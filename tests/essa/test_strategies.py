@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import threadpoolctl
 from essa.strategies import STRATEGIES, make_strategy
+from essa.strategies.cma import CMA
 from essa.strategies.shaping import within_prompt
 from essa.strategies.zo_grpo import clipped
 
@@ -228,3 +230,16 @@ def test_refuses_rewards_that_are_not_the_generations(name):
 def test_the_default_fits_the_population(population, prompts, temperature, name):
     sizes = {"population_size": population, "prompts_per_generation": prompts, "temperature": temperature}
     assert make_strategy(dim=3, seed=0, **sizes).name == name
+
+
+def test_threads_of_blas_do_not_show_in_the_search():
+    """Workers that replay a search have other numbers of threads than its driver."""
+    found = []
+    for threads in (1, 2):
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            search = CMA(dim=336, population_size=16, seed=7, diagonal=False)
+            for generation in range(12):
+                candidates = search.ask(generation)
+                search.tell(generation, candidates[:, :4].astype(np.float64), score=None)
+            found.append(search.ask(12))
+    assert np.array_equal(*found)

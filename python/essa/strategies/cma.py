@@ -7,8 +7,12 @@ import warnings
 
 import cma
 import numpy as np
+import threadpoolctl
 
 from essa.strategies.base import Score, check_rewards, standard_normal
+
+# The bits of numpy's products depend on its threads; a search must be the same wherever it is replayed.
+BLAS = threadpoolctl.ThreadpoolController()
 
 
 class CMA:
@@ -60,14 +64,16 @@ class CMA:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         if self._candidates is None:
-            self._candidates = self._search.ask()
+            with BLAS.limit(limits=1, user_api="blas"):
+                self._candidates = self._search.ask()
         return np.array(self._candidates, dtype=np.float32)
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
         self.ask(generation)
         rewards = check_rewards(rewards, self.population_size)
-        self._search.tell(self._candidates, list(-rewards.mean(axis=1)))
+        with BLAS.limit(limits=1, user_api="blas"):
+            self._search.tell(self._candidates, list(-rewards.mean(axis=1)))
         self._candidates = None
         self._generation += 1
 
