@@ -150,6 +150,12 @@ bool cover(const Tensor& offsets, int64_t rows) {
   return ascend;
 }
 
+// Whether y can be the result for x: its dtype, its device, its leading dimensions.
+bool matches(const Tensor& y, const Tensor& x) {
+  return y.dtype() == x.dtype() && y.is_beside(x) && y.ndim == x.ndim &&
+         std::equal(x.shape, x.shape + x.ndim - 1, y.shape);
+}
+
 bool runs_here(const Tensor& tensor, int threads) { return tensor.device_type == kCpuDevice && threads > 0; }
 
 bool shrink_fits(const Tensor& x, const Tensor& v_a, const Tensor& core, const Tensor& s_a, const Tensor& s_b,
@@ -178,8 +184,7 @@ std::optional<bool> svd_lora_direct(py::handle y_, py::handle x_, py::handle v_a
   Rows x_rows, y_rows;
   if (!read({{y, y_}, {x, x_}, {v_a, v_a_}, {core, core_}, {u_b, u_b_}, {s_a, s_a_}, {s_b, s_b_}, {offsets, offsets_}}) ||
       !shrink_fits(x, v_a, core, s_a, s_b, offsets, x_rows) ||
-      !expand_fits(y, u_b, core.shape[0], x_rows.count, y_rows) || y.dtype() != x.dtype() || !y.is_beside(x) ||
-      y.ndim != x.ndim || !std::equal(x.shape, x.shape + x.ndim - 1, y.shape))
+      !expand_fits(y, u_b, core.shape[0], x_rows.count, y_rows) || !matches(y, x))
     return std::nullopt;
   if (!runs_here(y, threads)) return false;
   svd_lora_cpu(y.address(), y_rows.stride, x.address(), x_rows.stride, v_a.address(), core.address(), u_b.address(),
@@ -310,12 +315,10 @@ bool are_members(const int64_t* members, int64_t count) {
 // x and y of the same leading dimensions, and the members of their rows.
 bool perturbed_fits(const Tensor& y, const Tensor& x, const Tensor& members, const Tensor& offsets, Rows& x_rows,
                     Rows& y_rows) {
-  if (x.dtype() < 0 || y.dtype() != x.dtype() || y.ndim != x.ndim || members.ndim != 1 || !x_rows.take(x) ||
-      !y_rows.take(y) || !std::equal(x.shape, x.shape + x.ndim - 1, y.shape))
-    return false;
+  if (x.dtype() < 0 || members.ndim != 1 || !x_rows.take(x) || !y_rows.take(y) || !matches(y, x)) return false;
   const int64_t groups = members.shape[0], d_in = x.shape[x.ndim - 1], d_out = y.shape[y.ndim - 1];
   return d_in * d_out > 0 && (y_rows.count < 2 || y_rows.stride >= d_out) && members.is(kInt64, {groups}) &&
-         offsets.is(kInt64, {groups + 1}) && y.is_beside(x) && members.is_beside(x) && offsets.is_beside(x) &&
+         offsets.is(kInt64, {groups + 1}) && members.is_beside(x) && offsets.is_beside(x) &&
          (x.device_type != kCpuDevice || (are_members(pointer<int64_t>(members.address()), groups) &&
                                           cover(offsets, x_rows.count)));
 }
@@ -604,8 +607,7 @@ std::optional<bool> multi_lora_direct(py::handle y_, py::handle x_, const py::li
   Rows x_rows, y_rows;
   StoredAdapters stored;
   if (!read({{y, y_}, {x, x_}, {ids, ids_}}) || x.dtype() < 0 || !x_rows.take(x) || !y_rows.take(y) ||
-      y.dtype() != x.dtype() || !y.is_beside(x) || y.ndim != x.ndim ||
-      !std::equal(x.shape, x.shape + x.ndim - 1, y.shape) || !stored.take(a, b, x) ||
+      !matches(y, x) || !stored.take(a, b, x) ||
       (stored.dtype != x.dtype() && stored.dtype != cpu::kFloat32) || x.shape[x.ndim - 1] != stored.d_in ||
       y.shape[y.ndim - 1] != stored.d_out || (x_rows.count > 1 && y_rows.stride < stored.d_out) || x_rows.count == 0)
     return std::nullopt;
