@@ -25,7 +25,7 @@ from torch import Tensor
 
 from essa_kernels import linear_logprob
 
-from .compare import Peak, compare, timed
+from .compare import Peak, compare, resident, timed
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -158,11 +158,6 @@ def peak_of_a_step(method: str, case: str, dtype: str, head: str, threads: str) 
     gradients = step(method, *tensors, trained=head == "trained")
     assert gradients
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

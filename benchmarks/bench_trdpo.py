@@ -18,7 +18,6 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from .compare import compare, timed
+from .compare import compare, resident, timed
 
 PAIRS, STEPS, LONG, SHORT = 2, 3, 512, 64
 SHAPES = {"prompt : completion = 8 : 1": (LONG, SHORT), "prompt : completion = 1 : 8": (SHORT, LONG)}
@@ -201,12 +200,6 @@ def test_moving_the_reference(benchmark, record, vocabulary=32_000):
     record(Memory("kept for the reference, LoRA", rival, adapter * 4 / 1e6, model * 4 / 1e6))
 
 
-def resident(field: str) -> float:
-    """Megabytes. getrusage would count what the parent held when it started this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
-
-
 def main(who: str, vocabulary: int) -> None:
     import datasets  # noqa: F401
 
@@ -221,7 +214,7 @@ def main(who: str, vocabulary: int) -> None:
         before = resident("VmRSS")
         trainer.train()
     peak = resident("VmHWM")
-    print(json.dumps({"training": peak - before, "total": peak}))
+    print(json.dumps({"training": (peak - before) / 1e6, "total": peak / 1e6}))
 
 
 if __name__ == "__main__":

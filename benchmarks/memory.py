@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import resident
+
 RESULTS = Path(__file__).parent / "results" / "memory"
 SHAPE = {
     "vocab_size": 151936,
@@ -184,8 +186,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.case:
         CASES[options.case]()
-        status = Path("/proc/self/status").read_text().splitlines()
-        print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")))
+        print(resident("VmHWM"))
         return
     results: dict[str, Any] = {"peaks": {}, "plan": predicted()}
     for case in CASES:

@@ -26,6 +26,7 @@ from essa.demo.warm_start import BASE_MODEL, make_warm_start
 from essa.trainer import ESSATrainer
 
 import essa_kernels
+from benchmarks.compare import resident
 from benchmarks.sample_efficiency import RESULTS, first_reaching, run
 
 CAPTION = """\
@@ -75,16 +76,11 @@ def peak_of_a_generation(trainer: ESSATrainer) -> tuple[int, int]:
         args.row_budget,
     )
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     chosen = list(range(args.prompts_per_generation))
     rewards = Local(work, trainer.search).evaluate(0, chosen).rewards
     trainer.search.tell(0, torch.tensor(rewards).reshape(args.population_size, -1).double().numpy(), _no_score)
-    return before, _resident("VmHWM") - before
-
-
-def _resident(line: str) -> int:
-    status = dict(text.split(":", 1) for text in Path("/proc/self/status").read_text().splitlines())
-    return int(status[line].split()[0]) * 1024
+    return before, resident("VmHWM") - before
 
 
 def _no_score(*arguments: Any) -> Any:
