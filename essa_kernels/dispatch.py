@@ -75,7 +75,7 @@ PREFERENCE_BEYOND_DECODE = {"cuda": ("triton", "cuda", "reference")}
 # What an op's caller can choose by measured numbers, on a CPU: benchmarks/results/perturbed.md.
 CHOICES = {
     "lora_perturbed": """\
-  noise for few rows of a member, in time of gaussian's with 1 / 8 rows each (AVX-512, bf16, r=8, 64 members):
+  noise for few rows of a member (* the fastest), in time of gaussian's at 1 / 8 rows (AVX-512, bf16, r=8, 64 members):
     * rademacher            0.4 / 0.6    distribution="rademacher"; holds nothing either
       gaussian, held        0.5 / 0.7    perturbed factors through multi_lora: 2 r (d_in + d_out) bytes a member in bf16
       gaussian, drawn anew  1   / 1      the default: no bytes, no rounding of the factors""",
@@ -223,7 +223,8 @@ def explain(op: str | None = None) -> Explanation:
             if OPS[name][0] in ("svd_lora", "lora_perturbed") and device_type in PREFERENCE_BEYOND_DECODE:
                 lines.append(f"  {device_type} tensors of more than {DECODE_ROWS} rows:")
                 lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
-        lines += [CHOICES[name]] if name in CHOICES else []
+        if name in CHOICES:
+            lines.append(CHOICES[name])
     return Explanation("\n".join(lines))
 
 

@@ -32,6 +32,9 @@ NAMES = {
 }
 """Our attention function for each `attn_implementation` of a model that there is one for."""
 
+# Uncompiled it would hold the mask of all pairs of positions.
+compiled_block_mask = torch.compile(create_block_mask)
+
 FAMILIES = frozenset(
     [
         "cohere",
@@ -97,9 +100,7 @@ class Branches:
             def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return (key <= query) & (query < ends[key]) & (positions[key] >= earliest[query])
 
-            # Uncompiled it would hold the mask of all pairs of positions.
-            create = torch.compile(create_block_mask)
-            self._block_masks[window] = create(seen, None, None, len(ends), len(ends), device)
+            self._block_masks[window] = compiled_block_mask(seen, None, None, len(ends), len(ends), device)
         return self._block_masks[window]
 
     def _ends_and_positions(self) -> tuple[Tensor, Tensor]:
