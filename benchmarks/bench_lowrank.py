@@ -53,8 +53,7 @@ def test_share_of_pure_inference(benchmark, record, distribution, rows):
 
     benchmark.pedantic(perturbed, rounds=1)
     what = f"0.5B-shaped model, {distribution} rank 1, {MEMBERS} members x {rows} rows, bf16"
-    rounds = 15 if rows == 1 else 7
-    record(compare(what, perturbed, "pure inference", pure, rounds=rounds, as_share=True))
+    record(compare(what, perturbed, "pure inference", pure, rounds=15, as_share=True))
 
 
 @pytest.mark.parametrize("members", [64, 512])

@@ -79,34 +79,41 @@ ESSA_INLINE void set_h(const PerturbedArgs& args, const PairRows& pair, float* h
 constexpr int kExpandVectors = W == 16 ? 4 : 2;
 constexpr int kExpandColumns = kExpandVectors * W;
 
+// kExpandColumns columns of M rows, which stay in registers.
 template <class T, int M>
-ESSA_INLINE void expand_tile(const float* h, int64_t h_stride, const float* m, int64_t m_stride, int64_t rank,
-                             typename T::Element* y, int64_t y_stride, int64_t columns) {
-  typedef typename T::Element Element;
+ESSA_INLINE void expand_tile(const float* h, const float* m, int64_t m_stride, int64_t rank,
+                             typename T::Element* y, int64_t y_stride) {
   vf sums[M][kExpandVectors];
   for (int i = 0; i < M; ++i)
-    for (int n = 0; n < kExpandVectors; ++n) sums[i][n] = zero();
+    for (int n = 0; n < kExpandVectors; ++n) sums[i][n] = T::get(y + i * y_stride + n * W);
   for (int64_t k = 0; k < rank; ++k) {
     vf factors[kExpandVectors];
     for (int n = 0; n < kExpandVectors; ++n) factors[n] = load(m + k * m_stride + n * W);
     for (int i = 0; i < M; ++i) {
-      const vf value = set1(h[i * h_stride + k]);
+      const vf value = set1(h[i * rank + k]);
       for (int n = 0; n < kExpandVectors; ++n) sums[i][n] = muladd(value, factors[n], sums[i][n]);
     }
   }
-  for (int i = 0; i < M; ++i) {
-    Element* row = y + i * y_stride;
-    if (columns >= kExpandColumns) {
-      for (int n = 0; n < kExpandVectors; ++n) T::put(row + n * W, add(T::get(row + n * W), sums[i][n]));
+  for (int i = 0; i < M; ++i)
+    for (int n = 0; n < kExpandVectors; ++n) T::put(y + i * y_stride + n * W, sums[i][n]);
+}
+
+// M rows of y along a piece of m.
+template <class T, int M>
+void expand_line(const float* h, const float* m, int64_t m_stride, int64_t rank, typename T::Element* y,
+                 int64_t y_stride, int64_t columns) {
+  typedef typename T::Element Element;
+  for (; columns >= kExpandColumns; columns -= kExpandColumns, m += kExpandColumns, y += kExpandColumns) {
+    for (int i = 0; i < M; ++i)
       for (int byte = 0; byte < kExpandColumns * (int)sizeof(Element); byte += 64)
-        prefetch((const char*)(row + M * y_stride) + byte);
-      continue;
-    }
-    Element edge[kExpandColumns] = {};
-    __builtin_memcpy(edge, row, columns * sizeof(Element));
-    for (int n = 0; n < kExpandVectors; ++n) T::put(edge + n * W, add(T::get(edge + n * W), sums[i][n]));
-    __builtin_memcpy(row, edge, columns * sizeof(Element));
+        prefetch((const char*)(y + (M + i) * y_stride) + byte);
+    expand_tile<T, M>(h, m, m_stride, rank, y, y_stride);
   }
+  if (columns == 0) return;
+  Element edge[M][kExpandColumns] = {};
+  for (int i = 0; i < M; ++i) __builtin_memcpy(edge[i], y + i * y_stride, columns * sizeof(Element));
+  expand_tile<T, M>(h, m, m_stride, rank, edge[0], kExpandColumns);
+  for (int i = 0; i < M; ++i) __builtin_memcpy(y + i * y_stride, edge[i], columns * sizeof(Element));
 }
 
 // m has whole groups of kExpandColumns columns.
@@ -116,9 +123,7 @@ void expand_rows(const PerturbedArgs& args, int64_t first, int64_t rows, int64_t
   const float* h = args.h + first * args.rank;
   typename T::Element* y = (typename T::Element*)args.y + first * args.y_stride + column;
   const auto tiles = [&](auto count) {
-    for (int64_t j = 0; j < columns; j += kExpandColumns)
-      expand_tile<T, decltype(count)::value>(h, args.rank, m + j, m_stride, args.rank, y + j, args.y_stride,
-                                             columns - j);
+    expand_line<T, decltype(count)::value>(h, m, m_stride, args.rank, y, args.y_stride, columns);
     h += count * args.rank;
     y += count * args.y_stride;
     rows -= count;

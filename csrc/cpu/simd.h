@@ -349,7 +349,7 @@ ESSA_INLINE vf muladd(vf a, vf b, vf c) { return add(mul(a, b), c); }
 
 // The rows that come next, while these are computed: they are strided, and the base layer's weights have pushed them out
 // of the cache. An address past the end does no harm.
-ESSA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+ESSA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace ESSA_ISA
 }  // namespace cpu
