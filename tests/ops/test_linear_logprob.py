@@ -323,8 +323,8 @@ def test_opcheck(seed):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic, seed):
     def loss(operands: Operands) -> Tensor:
-        hidden = torch.tanh(operands.hidden)
-        return linear_logprob(hidden, *operands[1:], softcap=3.0).square().sum()
+        hidden, weight, labels, bias = operands
+        return linear_logprob(torch.tanh(hidden), weight, labels, bias, softcap=3.0).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (5, 12):

@@ -71,7 +71,7 @@ def random_operands(
 
 def call(operands: Operands, y: Tensor | None = None, distribution: str = "gaussian", **arguments) -> Tensor:
     x, members, offsets, d_out, rank = operands
-    options = {"rank": rank, "distribution": distribution, "y": y} | arguments
+    options = {"rank": rank, "distribution": distribution, "y": y, **arguments}
     return lowrank_perturbed(x, d_out, KEY, SIGMA, members, offsets, **options)
 
 
@@ -79,7 +79,7 @@ def call_linear(
     operands: Operands, weight: Tensor, bias: Tensor | None = None, distribution: str = "gaussian", **arguments
 ) -> Tensor:
     x, members, offsets, _, rank = operands
-    options = {"rank": rank, "distribution": distribution} | arguments
+    options = {"rank": rank, "distribution": distribution, **arguments}
     return lowrank_perturbed_linear(x, weight, KEY, SIGMA, members, offsets, bias, **options)
 
 

@@ -403,7 +403,8 @@ def test_compiles_whole(dynamic, seed):
     def layer(operands: Operands, weight: Tensor) -> Tensor:
         y = operands.x @ weight
         svd_lora(*operands, y)
-        h = svd_lora_shrink(*operands.of_shrink)
+        x, v_a, core, _, s_a, s_b, offsets = operands
+        h = svd_lora_shrink(x, v_a, core, s_a, s_b, offsets)
         return svd_lora_expand_(y * 2, h, operands.u_b) + svd_lora(*operands)
 
     for counts in ([2, 3], [4, 7]):
