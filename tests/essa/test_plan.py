@@ -37,6 +37,16 @@ QWEN_7B = AutoConfig.for_model(
     num_key_value_heads=4,
     tie_word_embeddings=False,
 )
+QWEN_32B = AutoConfig.for_model(
+    "qwen2",
+    vocab_size=152064,
+    hidden_size=5120,
+    intermediate_size=27648,
+    num_hidden_layers=64,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
 JOB = Job(members=96, prompts=64, prompt_tokens=256, new_tokens=256)
 
 
@@ -92,6 +102,20 @@ def test_scaling_ends_where_the_work_does():
     assert efficiency[128] < 0.51, "half of these have nothing to do"
     seconds = [line["seconds"] for line in fixed]
     assert seconds == sorted(seconds, reverse=True) or seconds[6] == min(seconds)
+
+
+def test_the_papers_scaling():
+    """ESSA's lead over GRPO on a 32 B model grows from 2x on 16 GPUs to 6x on 128 (arXiv 2507.04453): so it gains more
+    than 3x from them, however little GRPO does."""
+    shape, job = Shape.of(QWEN_32B), Job(members=96, prompts=100, prompt_tokens=256, new_tokens=1024)
+    most = largest_row_budget(shape, job, 80 * GIB)
+    table = scaling(
+        job, lambda rows: rates_of_gpu(shape, job, rows, "h100"), lambda workers: min(most, job.rows // workers)
+    )
+    seconds = {line["workers"]: line["seconds"] for line in table}
+    assert 3.0 < seconds[16] / seconds[128] <= 8.0
+    assert seconds[1] / seconds[16] > 15.5, "far from the last chunk it is almost linear"
+    assert seconds[512] / seconds[1024] < 1.3, "and ends where a step reads the weights for a few sequences"
 
 
 def test_rates_between_measurements():

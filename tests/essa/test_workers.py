@@ -217,3 +217,37 @@ def test_a_stopped_worker_is_overtaken(cluster, make_trainer):
     shared = make_trainer(**SMALL, num_workers=2, callbacks=[Stop()])
     shared.train()
     assert adapter(shared) == adapter(alone)
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_mid_run_takes_its_share(own_ray, make_trainer, tmp_path):
+    """Of two workers one has to wait for the machine that it runs on."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    def exact_match(completions, answer, **kwargs):
+        time.sleep(0.2)
+        (tmp_path / f"worker-{os.getpid()}").touch()
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    class Join(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                machines.add_node(num_cpus=1)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            workers.append(len(list(tmp_path.glob("worker-*"))))
+
+    settings = {**SMALL, "strategy": "cma", "eval_dataset": None, "generations": 30, "reward_funcs": exact_match}
+    alone = make_trainer("alone", **settings)
+    alone.train()
+    (tmp_path / f"worker-{os.getpid()}").unlink()
+    machines, workers = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}), []
+    try:
+        shared = make_trainer(**settings, num_workers=2, ray_address=machines.address, callbacks=[Join()])
+        shared.train()
+    finally:
+        ray.shutdown()
+        machines.shutdown()
+    assert workers[1] == 1 and workers[-1] == 2
+    assert adapter(shared) == adapter(alone)
