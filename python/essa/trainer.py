@@ -111,6 +111,16 @@ class ESSATrainer:
             self._workers = Workers(
                 Recipe(source, args, processing_class, self.train_prompts, self.eval_prompts, reward_funcs), self.search
             )
+            chunks = len(self.search.chunks(args.prompts_per_generation))
+            if chunks < args.num_workers:
+                logger.warning(
+                    "num_workers: a generation is %d chunks of row_budget %d, so %d of %d workers have nothing to do; "
+                    "a smaller row_budget makes more chunks",
+                    chunks,
+                    args.row_budget,
+                    args.num_workers - chunks,
+                    args.num_workers,
+                )
         self.callbacks = _make_callbacks(callbacks, args.report_to)
         self.about: dict[str, Any] = {}
         """Further facts for `run.json`, such as the command that started the run."""
