@@ -31,7 +31,8 @@ class LowRankNoise(Attaching, Weights):
         parameters: their weights [d_out, d_in]; layer i's noise is drawn from sites 2i and 2i + 1.
 
     Raises:
-        ValueError: the model carries an adapter, has no linear layer, or one whose weight is not floating-point.
+        ValueError: the model carries an adapter, has no linear layer, one whose weight is not floating-point, or two
+            that share a weight.
 
     Source: EGGROLL, arXiv 2511.16652.
     """
@@ -43,6 +44,10 @@ class LowRankNoise(Attaching, Weights):
         self._layers = find_linear_layers(model)
         self._options: dict[str, Any] = {"rank": rank, "distribution": distribution}
         self.names = [name for name, _ in self._layers]
+        owners: dict[int, str] = {}
+        for layer, module in self._layers:
+            if (owner := owners.setdefault(id(module.weight), layer)) != layer:
+                raise ValueError(f"model: {owner} and {layer} share a weight, which would be perturbed twice")
         weights = [module.weight.mT if _is_transposed(module) else module.weight for _, module in self._layers]
         super().__init__(model, weights, shared=True)
 
@@ -77,7 +82,10 @@ class LowRankNoise(Attaching, Weights):
         linear, offsets_for, options = module.forward, population.offsets_for, self._options
 
         def forward(x: Tensor) -> Tensor:
-            return lowrank_perturbed(x, d_out, key, members.sigma, ids, offsets_for(x), y=linear(x), **options)
+            y = linear(x)
+            place = y if y.dtype is x.dtype else None  # autocast computes y in a dtype of its own
+            delta = lowrank_perturbed(x, d_out, key, members.sigma, ids, offsets_for(x), y=place, **options)
+            return y if place is not None else y.add_(delta)
 
         return forward
 

@@ -40,7 +40,7 @@ def multi_lora(
 
     Row i takes ``y += scaling[k] * b[k] (a[k] x)`` with its own adapter k. Sums are in float32, whatever the dtypes.
     Results do not depend on the number of threads. Differentiable once, in x, a, b and y; gradients are summed in
-    float32 and rounded once.
+    float32 and rounded once. Where something requires grad, the delta is rounded before it is added to y.
 
     Args:
         x: [..., d_in], float32, bfloat16 or float16; leading dimensions are flattened into rows. Any strides, but
@@ -68,12 +68,15 @@ def multi_lora(
 
     Source: LoRA, Hu et al., arXiv 2106.09685; many adapters in one batch as in Punica, arXiv 2310.18547.
     """
-    check_are_tensors(OP, x=x, adapter_ids=adapter_ids)
+    check_are_tensors(OP, x=x, adapter_ids=adapter_ids, **({} if y is None else {"y": y}))
     a, b = as_tensors(OP, "a", a), as_tensors(OP, "b", b)
     scalings, scaling = _as_scaling(scaling, x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b, *(() if y is None else (y,)))):
         delta = _op(x, a, b, adapter_ids, scalings, scaling, backend)
-        return delta if y is None else y.add_(delta)
+        if y is None:
+            return delta
+        _check_y(y, x, delta.shape[-1])
+        return y.add_(delta)
     if y is None:
         y = x.new_zeros(*x.shape[:-1], _d_out(b))
     _inplace_op(y, x, a, b, adapter_ids, scalings, scaling, backend)
@@ -100,12 +103,8 @@ def _check(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ids: 
     """Raise unless all arguments fit each other; return the number of adapters."""
     check_floating(OP, "x", x)
     adapters, d_in, d_out = _check_factors(x, a, b)
-    check_tensors(
-        OP,
-        x.device,
-        ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)),
-        ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)),
-    )
+    check_tensors(OP, x.device, ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)))
+    _check_y(y, x, d_out)
     if ids.dtype is not torch.int64:
         raise ValueError(f"{OP}: adapter_ids must have dtype torch.int64, got {ids.dtype}")
     if not 0 < ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
@@ -117,6 +116,11 @@ def _check(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ids: 
         check_tensors(OP, x.device, ("scaling", scalings, torch.float32, "K", (adapters,)))
         check_contiguous(OP, scaling=scalings)
     return adapters
+
+
+def _check_y(y: Tensor, x: Tensor, d_out: int) -> None:
+    check_tensors(OP, x.device, ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)))
+    rows_of_y(OP, y)
 
 
 def _check_factors(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[int, int, int]:

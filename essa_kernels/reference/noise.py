@@ -49,7 +49,7 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     virtual = total - product
     error = (product - (total - virtual)) + (c - virtual)
     bits = total.view(torch.int64)
-    to_odd = (error != 0) & (bits & 1 == 0)
+    to_odd = (error != 0) & total.isfinite() & (bits & 1 == 0)
     away_from_zero = (error > 0) == (total > 0)
     step = torch.where(away_from_zero, 1, -1) * to_odd
     return (bits + step).view(torch.float64).float()

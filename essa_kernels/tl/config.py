@@ -22,6 +22,8 @@ CONFIGS: Configs = json.loads(Path(__file__).with_name("configs.json").read_text
 IN_USE: dict[tuple[str, str], dict[str, int]] = {}
 """Architecture and kernel -> parameters, of what has been asked for since they last changed."""
 
+_captured: list[Tensor] = []
+
 
 @functools.cache
 def architecture(device: torch.device) -> str:
@@ -72,6 +74,13 @@ def use(configs: Configs) -> None:
 def config(tensor: Tensor, kernel: str) -> dict[str, int]:
     """The parameters of a kernel on the tensor's device."""
     return config_of(architecture(tensor.device), kernel)
+
+
+def outlives_graphs(tensor: Tensor) -> Tensor:
+    """Keep a cached tensor that a CUDA graph, if one is being captured, will read at its address whenever it is replayed."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(tensor)
+    return tensor
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

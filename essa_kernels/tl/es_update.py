@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..noise import GAUSSIAN_TILE, RADEMACHER_TILE
-from .config import config, on_device
+from .config import config, on_device, outlives_graphs
 from .noise import (
     GAUSSIAN_COLUMNS,
     GAUSSIAN_TAG,
@@ -198,7 +198,12 @@ def _launches(
         )
         if entries:
             table, programs = _table(entries, tile, tiles_each, tensors[0].device)
-            yield ELEMENTS[dtype], table, programs, {"TILES": tiles_each, "num_warps": parameters["num_warps"]}
+            yield (
+                ELEMENTS[dtype],
+                outlives_graphs(table),
+                programs,
+                {"TILES": tiles_each, "num_warps": parameters["num_warps"]},
+            )
 
 
 # The copy to the device waits for it, and may not happen while a CUDA graph is captured; a model's parameters stay where

@@ -143,7 +143,7 @@ def blocks_kernel(
     has_own = (label >= first_word + tl.program_id(1) * WORDS) & (label < first_word + (tl.program_id(1) + 1) * WORDS)
     tl.store(own + row, own_logit, mask=inside & has_own)
     others = (word < vocab)[None, :] & (word[None, :] != label[:, None])
-    top = tl.max(tl.where(others, z, LOWEST), axis=1)
+    top = tl.maximum(tl.max(tl.where(others, z, LOWEST), axis=1), LOWEST)  # finite though all logits be -inf
     terms = tl.exp(tl.where(others, z - top[:, None], LOWEST))
     statistic = tl.program_id(1).to(tl.int64) * rows + row
     tl.store(highest + statistic, top, mask=inside)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import config, on_device
+from .config import config, on_device, outlives_graphs
 from .storage import rounded
 from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32
 
@@ -222,7 +222,7 @@ def _batch(x: Tensor, a: Sequence[Tensor], ids: Tensor, scalings: Tensor | None,
         scalings = x.new_full((len(ranks),), scaling, dtype=torch.float32)
     elif scaling != 1:
         scalings = scalings * scaling
-    return Batch(order, owners, starts, max(ranks), multiple, scalings)
+    return Batch(order, owners, outlives_graphs(starts), max(ranks), multiple, scalings)
 
 
 @functools.lru_cache(maxsize=1024)

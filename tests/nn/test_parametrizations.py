@@ -200,6 +200,25 @@ def test_tied_weights_are_one():
     assert names == sorted(names)
 
 
+def test_linear_layers_that_share_a_weight_are_refused():
+    model = build_base("llama")
+    layer = model.model.layers[0].self_attn
+    layer.v_proj.weight = layer.k_proj.weight
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.k_proj and .*v_proj share a weight"):
+        LowRankNoise(model)
+
+
+@pytest.mark.parametrize("name", ["lora", "lowrank"])
+def test_members_under_autocast_are_near_those_without(name):
+    model = model_for(name)
+    space = MAKE[name](model)
+    expected = batched(space, model, range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = batched(space, model, range(3))
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+    assert (got[0].float() - got[1]).abs().max() > 1e-3
+
+
 class Quantised(nn.Linear):
     """A linear layer whose weight is made of whole numbers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -325,6 +326,14 @@ def test_bad_perturbations_are_refused(arguments, error, message):
 def test_bad_updates_are_refused(arguments, error, message):
     with pytest.raises(error, match=f"^es_update_: {message}"):
         es_update_(**{"t": torch.zeros(4, 6), "key": KEY, "weights": [1.0]} | arguments)
+
+
+def test_infinite_elements_stay(backend):
+    name, device = backend
+    t = torch.tensor([[math.inf, -math.inf, 1.0]], device=device)
+    perturb_(t, KEY, 2, SIGMA, backend=name)
+    es_update_(t, KEY, [1.0, 0.5, -2.0], backend=name)
+    assert t[0, 0] == math.inf and t[0, 1] == -math.inf and t[0, 2].isfinite()
 
 
 def test_what_is_refused_has_changed_nothing():

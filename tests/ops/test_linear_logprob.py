@@ -93,16 +93,18 @@ def results(operands: Operands, grad: Tensor, op=linear_logprob, **settings) -> 
 
 def check(operands: Operands, dtype: torch.dtype, backend: str | None = None, **settings) -> None:
     """Results and gradients by the tolerance rule. A gradient of hidden is rounded twice, as the row's own slope and
-    times the row's grad; those of the head are sums over rows of either sign."""
+    times the row's grad, and the label's word counts against the mean of all words; those of the head are sums over rows
+    of either sign. A probability is relatively as far off as its logit absolutely, a few roundings of one."""
     grad = torch.randn(operands.labels.shape, device=operands.labels.device)
     got = results(operands.to(dtype), grad, **settings, backend=backend)
     torchs, truth = (
         results(operands.to(precision), grad, with_torch, **settings) for precision in (dtype, torch.double)
     )
     factor = settings.get("logit_scale", 1.0) / settings.get("temperature", 1.0)
-    kept = (operands.labels != IGNORED).float() * grad.abs() * factor
+    kept = 4 * (operands.labels != IGNORED).float() * grad.abs() * factor
     of_weight = float((kept @ operands.hidden.float().abs()).max())
-    allowances = [{}, {"roundings": 2}, {"terms": of_weight}, {"terms": float(kept.sum())}]
+    of_hidden = 2 * float(kept.max() * operands.weight.abs().max()) if kept.numel() else 0.0
+    allowances = [{}, {"roundings": 2, "terms": of_hidden}, {"terms": of_weight}, {"terms": float(kept.sum())}]
     for ours, rounded, exact, more in zip(got, torchs, truth, allowances, strict=False):
         assert_no_worse_than_torch(ours, rounded, exact, **more)
 
@@ -133,6 +135,24 @@ def test_logprob_and_gradients(backend, dtype, sizes, settings, seed):
 def test_any_sizes(rows, d, vocab, bias, settings, dtype, data_seed):
     torch.manual_seed(data_seed)
     check(random_operands(rows, d, vocab, dtype, bias=bias), dtype, **settings)
+
+
+def test_words_that_are_forbidden(backend, seed):
+    """A bias of -inf takes words out, whole blocks of them too."""
+    name, device = backend
+    hidden, weight, labels, bias = random_operands(6, 16, 600, torch.float32, device)
+    labels %= 100
+    forbidden = bias.index_fill(0, torch.arange(128, 600, device=device), -math.inf)
+    few = Operands(hidden, weight[:128], labels, bias[:128]).to(torch.float32)
+    all_words = Operands(hidden, weight, labels, forbidden).to(torch.float32)
+    expected = linear_logprob(*few, backend="reference")
+    got = linear_logprob(*all_words, backend=name)
+    assert_close(got, expected)
+    got.sum().backward()
+    expected.sum().backward()
+    assert_close(all_words.hidden.grad, few.hidden.grad)
+    assert_close(all_words.weight.grad[:128], few.weight.grad)
+    assert all_words.weight.grad[128:].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])

@@ -456,9 +456,12 @@ def test_bad_stacks_are_refused(a, b, message):
         multi_lora(torch.zeros(4, 9), a, b, torch.zeros(4).long())
 
 
+@pytest.mark.parametrize("grad_mode", [False, True])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"y": torch.zeros(3, 4, 7)}, ValueError, r"y must have shape \[..., d_out\] = \[4, 7\], got \[3, 4, 7\]"),
+        ({"y": [0.0]}, TypeError, "y must be a tensor, got list"),
         ({"y": torch.zeros(4, 7).half()}, ValueError, "y must have dtype torch.float32, got torch.float16"),
         ({"y": torch.zeros(4, 6)}, ValueError, r"y must have shape \[..., d_out\] = \[4, 7\], got \[4, 6\]"),
         ({"y": torch.zeros(7, 4).T}, ValueError, "y must be rows of adjacent elements at one stride"),
@@ -475,8 +478,9 @@ def test_bad_stacks_are_refused(a, b, message):
         ({"adapter_ids": [0] * 4}, TypeError, "adapter_ids must be a tensor, got list"),
     ],
 )
-def test_other_bad_input_is_refused(arguments, error, message, seed):
+def test_other_bad_input_is_refused(arguments, error, message, grad_mode, seed):
     x, a, b, ids = random_operands([0, 1, -1, 1], [2, 3], 9, 7)
+    x.requires_grad_(grad_mode)
     with pytest.raises(error, match=f"^multi_lora: {message}"):
         multi_lora(**({"x": x, "a": a, "b": b, "adapter_ids": ids} | arguments))
 
