@@ -24,6 +24,7 @@ from essa.config import InputError
 FORMAT = 1
 RUN_FILE, HISTORY_FILE = "run.json", "history.jsonl"
 SYNC_SECONDS = 1.0
+RESULTS = ("adapter", "model", "trdpo.json", RUN_FILE)
 
 
 class SaveError(InputError):
@@ -60,6 +61,7 @@ class Run:
                 f"output_dir {str(directory)!r} already holds a run; resume it with resume_from_checkpoint, "
                 "or choose another output_dir"
             )
+        refuse_results(directory)
 
     @classmethod
     def create(cls, directory: str | Path, identity: dict[str, Any], about: dict[str, Any]) -> Run:
@@ -67,7 +69,7 @@ class Run:
         cls.refuse_existing(directory)
         directory = Path(directory)
         run = cls(directory, json.loads(json.dumps(identity)), json.loads(json.dumps(about, default=str)))
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         run._write()
         run._open()
         return run
@@ -176,6 +178,23 @@ def _differences(recorded: Any, given: Any, name: str = "") -> list[str]:
             for difference in _differences(recorded.get(key), given.get(key), f"{name} {key}".strip())
         ]
     return [] if recorded == given else [f"{name} was {recorded!r}, now {given!r}"]
+
+
+def refuse_results(directory: Path) -> None:
+    """Raise `InputError` if a folder holds the results of a run of any kind, which a new one would overwrite."""
+    for name in RESULTS:
+        if (directory / name).exists():
+            raise InputError(
+                f"output_dir {str(directory)!r} holds {name!r} already, which is not overwritten; choose another output_dir"
+            )
+
+
+def make_folder(path: Path, argument: str = "output_dir") -> None:
+    """Make a folder and its parents. Raises `InputError` if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{argument} {str(path)!r} cannot be made: {error.strerror}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

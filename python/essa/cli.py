@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
+from essa.data import DataSettings, absolute, read_rows
 from essa.trdpo.settings import COMMAND_FILE, CommandSettings
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
@@ -90,8 +91,8 @@ def _add_defaults(context: typer.Context, settings: dict[str, Any]) -> None:
     context.default_map = {**(context.default_map or {}), **given}
 
 
-def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
-    """Register a command; its `**settings` become one option for each field of the `settings` dataclass.
+def _command(*settings: type) -> Callable[[Callable], Callable]:
+    """Register a command; its `**settings` become one option for each field of the `settings` dataclasses.
 
     Bad input ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130, SIGTERM with 143.
     """
@@ -103,8 +104,8 @@ def _command(settings: type | None = None) -> Callable[[Callable], Callable]:
             for parameter in inspect.signature(function).parameters.values()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]
-        if settings is not None:
-            parameters += _options(settings)
+        for kind in settings:
+            parameters += _options(kind)
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
@@ -163,6 +164,10 @@ def _options(settings: type) -> list[inspect.Parameter]:
     return options
 
 
+def _take_data(settings: dict[str, Any]) -> DataSettings:
+    return DataSettings(**{field.name: settings.pop(field.name) for field in dataclasses.fields(DataSettings)})
+
+
 Model = Annotated[str, typer.Option("--model_name_or_path", help="Base model: a local folder or a name on the hub.")]
 Data = Annotated[
     str,
@@ -192,7 +197,7 @@ TrustRemoteCode = Annotated[
 ]
 
 
-@_command(ESSAConfig)
+@_command(DataSettings, ESSAConfig)
 def align(
     model_name_or_path: Model,
     dataset_name: Data,
@@ -200,17 +205,6 @@ def align(
     adapter: Annotated[
         str | None,
         typer.Option("--adapter", help="Warm-start LoRA adapter: folder or hub name. Make one with `essa sft`."),
-    ] = None,
-    dataset_split: DataSplit = "train",
-    eval_dataset_name: Annotated[
-        str | None, typer.Option("--eval_dataset_name", help="Rows to evaluate on, never searched on.")
-    ] = None,
-    eval_dataset_split: Annotated[
-        str, typer.Option("--eval_dataset_split", help="Split of an evaluation dataset on the hub.")
-    ] = "test",
-    eval_split: Annotated[
-        float | None,
-        typer.Option("--eval_split", help="Keep this fraction of dataset_name out of the search, to evaluate on."),
     ] = None,
     resume_from_checkpoint: Annotated[
         str | None,
@@ -227,22 +221,15 @@ def align(
 ) -> None:
     """Align a model: search its LoRA adapter, or its weights, for the highest reward. The result is output_dir/adapter or
     output_dir/model."""
-    args = ESSAConfig(**settings)
-    if eval_dataset_name is not None and eval_split is not None:
-        raise InputError("eval_dataset_name and eval_split cannot both be given")
+    data, args = _take_data(settings), ESSAConfig(**settings)
     from essa.checkpoint import Run
-    from essa.data import read_rows, split_rows
     from essa.rewards import find_reward
 
     for name in reward:
         find_reward(name)
     if resume_from_checkpoint is None:
         Run.refuse_existing(args.output_dir)
-    train, evaluation = read_rows(dataset_name, split=dataset_split), None
-    if eval_dataset_name is not None:
-        evaluation = read_rows(eval_dataset_name, split=eval_dataset_split, argument="eval_dataset_name")
-    if eval_split is not None:
-        train, evaluation = split_rows(train, eval_split, args.seed)
+    train, evaluation = data.read(dataset_name, args.seed)
     _quiet()
     from essa.models import ModelSource
     from essa.trainer import ESSATrainer
@@ -257,15 +244,12 @@ def align(
     )
     trainer = ESSATrainer(source, reward, args, train, evaluation)
     trainer.about["command"] = {
-        "model_name_or_path": _absolute(model_name_or_path),
-        "adapter": _absolute(adapter),
-        "dataset_name": _absolute(dataset_name),
-        "dataset_split": dataset_split,
-        "eval_dataset_name": _absolute(eval_dataset_name),
-        "eval_dataset_split": eval_dataset_split,
-        "eval_split": eval_split,
+        "model_name_or_path": absolute(model_name_or_path),
+        "adapter": absolute(adapter),
+        "dataset_name": absolute(dataset_name),
         "reward": reward,
         "trust_remote_code": trust_remote_code,
+        **data.recorded(),
         **settings,
     }
     summary = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -279,7 +263,7 @@ def align(
     typer.echo(f"{output + ':':<8} {folder / output}\nreport:  {folder / 'report.html'}")
 
 
-@_command(CommandSettings)
+@_command(DataSettings, CommandSettings)
 def trdpo(
     model_name_or_path: Model,
     dataset_name: Annotated[
@@ -293,17 +277,6 @@ def trdpo(
     adapter: Annotated[
         str | None,
         typer.Option("--adapter", help="LoRA adapter to start from: folder or hub name. Default: a new one."),
-    ] = None,
-    dataset_split: DataSplit = "train",
-    eval_dataset_name: Annotated[
-        str | None, typer.Option("--eval_dataset_name", help="Rows to evaluate on, never trained on.")
-    ] = None,
-    eval_dataset_split: Annotated[
-        str, typer.Option("--eval_dataset_split", help="Split of an evaluation dataset on the hub.")
-    ] = "test",
-    eval_split: Annotated[
-        float | None,
-        typer.Option("--eval_split", help="Keep this fraction of dataset_name out of training, to evaluate on."),
     ] = None,
     resume_from_checkpoint: Annotated[
         str | None,
@@ -322,7 +295,7 @@ def trdpo(
 
     The result is output_dir/adapter, or output_dir/model with --lora_r 0.
     """
-    options = CommandSettings(**settings)
+    data, options = _take_data(settings), CommandSettings(**settings)
     options.check()
     _quiet()
     from essa.trdpo.command import run_trdpo
@@ -332,10 +305,7 @@ def trdpo(
         model_name_or_path=model_name_or_path,
         adapter=adapter,
         dataset_name=dataset_name,
-        dataset_split=dataset_split,
-        eval_dataset_name=eval_dataset_name,
-        eval_dataset_split=eval_dataset_split,
-        eval_split=eval_split,
+        data=data,
         resume=resume_from_checkpoint is not None,
         trust_remote_code=trust_remote_code,
         say=lambda line: typer.echo(line, err=line.startswith("step")),
@@ -361,8 +331,6 @@ def sft(
 ) -> None:
     """Make a warm start: train a LoRA adapter on demonstrations. `essa align --adapter` takes it from there."""
     args = SFTConfig(**settings)
-    from essa.data import read_rows
-
     rows = read_rows(dataset_name, split=dataset_split)
     _quiet()
     from essa.models import load_base
@@ -404,8 +372,6 @@ def eval(
 
     A table goes to stderr, the same numbers as JSON to stdout.
     """
-    from essa.data import read_rows
-
     rows = read_rows(dataset_name, split=dataset_split)
     _quiet()
     from essa.evaluate import check_prompts, evaluate
@@ -566,10 +532,6 @@ def _quiet() -> None:
     # PEFT imports torchao where it is installed, which warns of every extension this machine has no hardware for.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _absolute(name: str | None) -> str | None:
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ reward functions. These are TRL's prompt-only dataset formats.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from essa.config import InputError
+from essa.config import InputError, setting
 from essa.hub import offline_note, reach_hub
 
 # A site of its own, in the range the noise contract keeps for uses that are not a layer.
 PROMPT_SITE = 2**30 - 3
 SPLIT_GENERATION = 2**32 - 1
 
+LONGEST_FIELD = 2**31 - 1  # of a CSV file; csv's own limit is 128 KiB
 NOT_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
@@ -35,7 +37,10 @@ def read_rows(name: str, *, split: str = "train", argument: str = "dataset_name"
     if path.is_file():
         if reader is None:
             raise InputError(f"{argument} {name!r}: unknown file type, must be one of {', '.join(readers)}")
-        rows = reader(path, argument)
+        try:
+            rows = reader(path, argument)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{argument} {name!r} cannot be read: {error}") from error
     elif reader is not None:
         raise InputError(f"{argument} {name!r}: no such file")
     elif path.is_dir():
@@ -47,9 +52,46 @@ def read_rows(name: str, *, split: str = "train", argument: str = "dataset_name"
     return rows
 
 
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows of a data set a command works on, and which it only evaluates on. Fields are the command's options."""
+
+    dataset_split: str = setting("train", "Split of a dataset on the hub.")
+    eval_dataset_name: str | None = setting(None, "Rows to evaluate on, never trained or searched on.")
+    eval_dataset_split: str = setting("test", "Split of an evaluation dataset on the hub.")
+    eval_split: float | None = setting(None, "Keep this fraction of dataset_name to evaluate on, and for nothing else.")
+
+    def __post_init__(self) -> None:
+        if self.eval_dataset_name is not None and self.eval_split is not None:
+            raise InputError("eval_dataset_name and eval_split cannot both be given")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.eval_dataset_name is not None or self.eval_split is not None
+
+    def read(self, name: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """The rows of data set ``name`` to work on, and those to evaluate on."""
+        rows = read_rows(name, split=self.dataset_split)
+        if self.eval_split is not None:
+            return split_rows(rows, self.eval_split, seed)
+        if self.eval_dataset_name is None:
+            return rows, None
+        return rows, read_rows(self.eval_dataset_name, split=self.eval_dataset_split, argument="eval_dataset_name")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options, for a command that is to be resumed from anywhere."""
+        return {**dataclasses.asdict(self), "eval_dataset_name": absolute(self.eval_dataset_name)}
+
+
+def absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder that is there; a name on the hub as it is."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
 def _read_jsonl(path: Path, argument: str) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -62,7 +104,7 @@ def _read_jsonl(path: Path, argument: str) -> list[dict[str, Any]]:
 
 def _read_json(path: Path, argument: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(f"{argument} {str(path)!r}: not JSON ({error})") from error
     if not isinstance(rows, list):
@@ -82,8 +124,13 @@ def _read_parquet(path: Path, argument: str) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path, argument: str) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    csv.field_size_limit(LONGEST_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    for number, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise InputError(f"{argument} {str(path)!r} row {number}: its fields are not those of the header")
+    return rows
 
 
 def _read_hub(name: str, split: str, argument: str) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def load_base(
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}{offline_note()}") from error
     if config is not None:
         check_quantised(model, quantization)

@@ -285,6 +285,10 @@ def plan(
     """
     from transformers import AutoConfig
 
+    if row_budget is not None and row_budget < 1:
+        raise InputError(f"row_budget must be at least 1, got {row_budget}")
+    if memory is not None and not (math.isfinite(memory) and memory > 0):
+        raise InputError(f"memory must be a positive number of GiB, got {memory}")
     for argument, value, known in (
         ("gpu", gpu, (*GPUS, "measure")),
         ("dtype", dtype, tuple(BYTES)),

@@ -83,6 +83,8 @@ def _references(answer: list | None, solution: list | None) -> list:
     references = solution if answer is None else answer
     if references is None:
         raise ValueError("needs a column 'answer' or 'solution'")
+    if None in references:
+        raise ValueError("needs an 'answer' or 'solution' in every row, got null")
     return references
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from essa.checkpoint import write_folder
+from essa.checkpoint import make_folder, write_folder
 from essa.config import InputError, SFTConfig
 from essa.data import Prompts
 from essa.models import context_length
@@ -52,6 +52,7 @@ def sft(
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
         raise InputError(f"lora_target_modules {args.lora_target_modules!r}: {error}") from error
+    make_folder(folder.parent, "the parent of output_dir")
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     peft_model.train()

@@ -208,6 +208,21 @@ def test_a_folder_with_another_run_is_refused(align, tmp_path):
     assert (tmp_path / "run" / HISTORY_FILE).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["adapter", "model", "trdpo.json"])
+def test_results_of_another_kind_of_run_are_not_overwritten(align, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    result = essa(*align)
+    assert result.exit_code == 2 and f"holds {name!r} already, which is not overwritten" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_folder_that_cannot_be_made_is_named(align, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = essa(*without(align, "--output_dir"), "--output_dir", tmp_path / "file" / "run")
+    assert result.exit_code == 2 and "cannot be made: Not a directory" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

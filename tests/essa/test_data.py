@@ -36,13 +36,22 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
         ("a.jsonl", "", "is empty"),
         ("a.csv", "prompt\n", "is empty"),
         ("a.txt", "hello", "unknown file type"),
+        ("a.jsonl", b'{"prompt": "\xff"}', "cannot be read: 'utf-8' codec can't decode"),
+        ("a.csv", "prompt,answer\nx,1\ny\n", "row 1: its fields are not those of the header"),
+        ("a.csv", "prompt,answer\nx,1,2\n", "row 0: its fields are not those of the header"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as caught:
         read_rows(str(tmp_path / name), argument="eval_dataset_name")
     assert "eval_dataset_name" in str(caught.value) and name in str(caught.value)
+
+
+def test_what_spreadsheets_write_is_read(tmp_path):
+    long = "7" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,answer\n?01+02=,{long}\n", encoding="utf-8-sig")
+    assert read_rows(str(tmp_path / "a.csv")) == [{"prompt": "?01+02=", "answer": long}]
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -136,6 +136,8 @@ def test_the_command(tmp_path):
         (["--gpu", "h1000"], "gpu must be one of a100, h100, h200, l4, measure, got 'h1000'"),
         (["--memory", "10"], "memory: the model needs 15.8 GiB"),
         (["--row_budget", "100000"], "row_budget: "),
+        (["--row_budget", "0"], "row_budget must be at least 1, got 0"),
+        (["--memory", "nan"], "memory must be a positive number of GiB, got nan"),
         (["--model_name_or_path", str(tmp_path / "no")], "cannot be read"),
     ):
         result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), *arguments])

@@ -11,9 +11,9 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
-from essa.checkpoint import write_atomically
+from essa.checkpoint import make_folder, refuse_results, write_atomically
 from essa.config import InputError
-from essa.data import read_rows, split_rows
+from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.settings import COMMAND_FILE, CommandSettings
@@ -29,6 +29,18 @@ NOT_TRAINING_ARGUMENTS = (
     "device",
 )
 
+MAY_CHANGE = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "save_total_limit",
+    "report",
+    "report_to",
+    "run_name",
+    "device",
+)
+"""Options that a resumed run may have other values of."""
+
 
 def run_trdpo(
     settings: CommandSettings,
@@ -36,10 +48,7 @@ def run_trdpo(
     model_name_or_path: str,
     adapter: str | None,
     dataset_name: str,
-    dataset_split: str,
-    eval_dataset_name: str | None,
-    eval_dataset_split: str,
-    eval_split: float | None,
+    data: DataSettings,
     resume: bool,
     trust_remote_code: bool,
     say: Callable[[str], None],
@@ -48,6 +57,7 @@ def run_trdpo(
 
     Args:
         settings: the checked options.
+        data: which rows of the data set to train and to evaluate on.
         resume: continue from the last whole checkpoint in output_dir.
         say: prints a line.
 
@@ -56,23 +66,29 @@ def run_trdpo(
     """
     settings.check()
     folder = Path(settings.output_dir)
+    command = {
+        "model_name_or_path": absolute(model_name_or_path),
+        "adapter": absolute(adapter),
+        "dataset_name": absolute(dataset_name),
+        "trust_remote_code": trust_remote_code,
+        **data.recorded(),
+        **dataclasses.asdict(settings),
+    }
     if not resume and (folder / COMMAND_FILE).exists():
         raise InputError(
             f"output_dir {settings.output_dir!r} already holds a run; resume it with resume_from_checkpoint, or choose "
             "another output_dir"
         )
+    if not resume:
+        refuse_results(folder)
     checkpoint = _last_checkpoint(folder) if resume else None
-    if eval_dataset_name is not None and eval_split is not None:
-        raise InputError("eval_dataset_name and eval_split cannot both be given")
+    if resume:
+        _refuse_changes(folder, command)
     if adapter is not None and settings.lora_r == 0:
         raise InputError("adapter must not be given with lora_r 0, which trains the whole model")
-    args = _training_arguments(settings, evaluate=eval_dataset_name is not None or eval_split is not None)
+    args = _training_arguments(settings, evaluate=data.evaluates)
     check_attention(settings.attn_implementation, args.device)
-    train, evaluation = read_rows(dataset_name, split=dataset_split), None
-    if eval_dataset_name is not None:
-        evaluation = read_rows(eval_dataset_name, split=eval_dataset_split, argument="eval_dataset_name")
-    if eval_split is not None:
-        train, evaluation = split_rows(train, eval_split, settings.seed)
+    train, evaluation = data.read(dataset_name, settings.seed)
     model: Any
     model, tokenizer = load_base(
         model_name_or_path,
@@ -96,25 +112,19 @@ def run_trdpo(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(say))
-    folder.mkdir(parents=True, exist_ok=True)
-    command = {
-        "model_name_or_path": _absolute(model_name_or_path),
-        "adapter": _absolute(adapter),
-        "dataset_name": _absolute(dataset_name),
-        "dataset_split": dataset_split,
-        "eval_dataset_name": _absolute(eval_dataset_name),
-        "eval_dataset_split": eval_dataset_split,
-        "eval_split": eval_split,
-        "trust_remote_code": trust_remote_code,
-        **dataclasses.asdict(settings),
-    }
+    make_folder(folder)
     write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        say(
-            f"Stopped after step {trainer.state.global_step}; resume with `essa trdpo --resume_from_checkpoint {folder}`"
-        )
+        step = trainer.state.global_step
+        if _checkpoints(folder):
+            say(f"Stopped after step {step}; resume with `essa trdpo --resume_from_checkpoint {folder}`")
+        else:
+            (folder / COMMAND_FILE).unlink()
+            say(
+                f"Stopped after step {step}, before the first checkpoint (save_steps {settings.save_steps}): start it anew"
+            )
         raise
     kind = "adapter" if settings.lora_r else "model"
     trainer.save_model(str(folder / kind))
@@ -148,16 +158,28 @@ def _lora(settings: CommandSettings) -> LoraConfig:
     return LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
+def _refuse_changes(folder: Path, command: dict[str, Any]) -> None:
+    """A run goes on with the options it was started with: its checkpoint's optimiser and schedule are of those."""
+    recorded = json.loads((folder / COMMAND_FILE).read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {recorded[name]!r}, now {value!r}"
+        for name, value in command.items()
+        if name in recorded and recorded[name] != value and name not in MAY_CHANGE
+    ]
+    if changed:
+        raise InputError(f"the run in {str(folder)!r} cannot be resumed with other options: " + "; ".join(changed))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that were written whole: the trainer's state is the last file."""
+    return [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+
+
 def _last_checkpoint(folder: Path) -> str:
-    """The newest checkpoint that was written whole: the trainer's state is its last file."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    whole = _checkpoints(folder)
     if not whole:
         raise InputError(f"no checkpoint to resume in {str(folder)!r}; its run was to save one every save_steps steps")
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _absolute(name: str | None) -> str | None:
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 class _Lines(TrainerCallback):

@@ -126,6 +126,11 @@ class CommandSettings(MethodSettings):
         self._check_choice("device", ("auto", "cpu"))
         self._check_choice("report_to", REPORTERS)
         self._check_float("learning_rate", above=0.0)
+        self._check_float("num_train_epochs", above=0.0)
+        if self.max_steps != -1:
+            self._check_int("max_steps", 1)
+        self._check_int("per_device_eval_batch_size", 1)
+        self._check_int("seed", 0)
         for name in ("eval_steps", "save_steps"):
             self._check_int(name, 0)
         if self.quantization != "none" and self.lora_r == 0:

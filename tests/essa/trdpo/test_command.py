@@ -100,6 +100,29 @@ def test_bad_input_is_one_message_and_exit_code_two(command, tmp_path, options, 
     assert not (tmp_path / "run/trdpo.json").exists()
 
 
+def test_a_run_is_not_resumed_with_other_options(command, tmp_path):
+    assert essa(*command).exit_code == 0
+    before = (tmp_path / "run/trdpo.json").read_bytes()
+    resume = ["trdpo", "--resume_from_checkpoint", tmp_path / "run"]
+    refused = essa(*resume, "--lora_r", "2", "--loss_type", "ipo")
+    assert refused.exit_code == 2
+    assert "lora_r was 4, now 2" in refused.stderr and "loss_type was 'sigmoid', now 'ipo'" in refused.stderr
+    assert (tmp_path / "run/trdpo.json").read_bytes() == before
+    longer = essa(*resume, "--max_steps", "8")
+    assert longer.exit_code == 0 and "step 8/8" in longer.output
+
+
+def test_a_run_stopped_before_its_first_checkpoint_is_started_anew(command, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("essa.trdpo.command.TRDPOTrainer.training_step", stop)
+        stopped = essa(*command)
+    assert stopped.exit_code == 130 and "before the first checkpoint (save_steps 3): start it anew" in stopped.output
+    assert essa(*command).exit_code == 0
+
+
 def test_there_must_be_a_checkpoint_to_resume(command, tmp_path):
     result = essa("trdpo", "--resume_from_checkpoint", tmp_path / "nothing")
     assert result.exit_code == 2 and "no run to resume" in result.stderr
