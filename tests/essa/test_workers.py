@@ -164,9 +164,9 @@ def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer
 
 
 def test_workers_without_work_are_named(make_trainer, caplog):
-    make_trainer(num_workers=4, row_budget=16)
+    make_trainer(strategy="cma", num_workers=4, row_budget=16)
     assert not caplog.records
-    make_trainer("other", num_workers=4, row_budget=32)
+    make_trainer("other", strategy="cma", num_workers=4, row_budget=32)
     assert "a generation is 2 chunks of row_budget 32, so 2 of 4 workers have nothing to do" in caplog.text
 
 
