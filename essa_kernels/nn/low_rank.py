@@ -44,10 +44,6 @@ class LowRankNoise(Attaching, Weights):
         self._layers = find_linear_layers(model)
         self._options: dict[str, Any] = {"rank": rank, "distribution": distribution}
         self.names = [name for name, _ in self._layers]
-        owners: dict[int, str] = {}
-        for layer, module in self._layers:
-            if (owner := owners.setdefault(id(module.weight), layer)) != layer:
-                raise ValueError(f"model: {owner} and {layer} share a weight, which would be perturbed twice")
         weights = [module.weight.mT if _is_transposed(module) else module.weight for _, module in self._layers]
         super().__init__(model, weights, shared=True)
 
@@ -83,9 +79,10 @@ class LowRankNoise(Attaching, Weights):
 
         def forward(x: Tensor) -> Tensor:
             y = linear(x)
-            place = y if y.dtype is x.dtype else None  # autocast computes y in a dtype of its own
-            delta = lowrank_perturbed(x, d_out, key, members.sigma, ids, offsets_for(x), y=place, **options)
-            return y if place is not None else y.add_(delta)
+            noise = (key, members.sigma, ids, offsets_for(x))
+            if y.dtype is x.dtype:
+                return lowrank_perturbed(x, d_out, *noise, y=y, **options)
+            return y.add_(lowrank_perturbed(x, d_out, *noise, **options))
 
         return forward
 
@@ -102,9 +99,13 @@ def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
     ]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no linear layer besides its output layer")
+    found.sort(key=lambda item: item[0])
+    owners: dict[int, str] = {}
     for name, module in found:
         check_floating(name, module.weight)
-    return sorted(found, key=lambda item: item[0])
+        if (owner := owners.setdefault(id(module.weight), name)) != name:
+            raise ValueError(f"model: {owner} and {name} share a weight, which would be perturbed twice")
+    return found
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from .. import dispatch
 from .registration import (
     LIBRARY,
+    Expected,
     as_tensors,
     check_are_tensors,
     check_contiguous,
@@ -75,7 +76,8 @@ def multi_lora(
         delta = _op(x, a, b, adapter_ids, scalings, scaling, backend)
         if y is None:
             return delta
-        _check_y(y, x, delta.shape[-1])
+        check_tensors(OP, x.device, _as_y(y, x, delta.shape[-1]))
+        rows_of_y(OP, y)
         return y.add_(delta)
     if y is None:
         y = x.new_zeros(*x.shape[:-1], _d_out(b))
@@ -103,8 +105,7 @@ def _check(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ids: 
     """Raise unless all arguments fit each other; return the number of adapters."""
     check_floating(OP, "x", x)
     adapters, d_in, d_out = _check_factors(x, a, b)
-    check_tensors(OP, x.device, ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)))
-    _check_y(y, x, d_out)
+    check_tensors(OP, x.device, ("x", x, x.dtype, "..., d_in", (*x.shape[:-1], d_in)), _as_y(y, x, d_out))
     if ids.dtype is not torch.int64:
         raise ValueError(f"{OP}: adapter_ids must have dtype torch.int64, got {ids.dtype}")
     if not 0 < ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
@@ -118,9 +119,8 @@ def _check(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], ids: 
     return adapters
 
 
-def _check_y(y: Tensor, x: Tensor, d_out: int) -> None:
-    check_tensors(OP, x.device, ("y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)))
-    rows_of_y(OP, y)
+def _as_y(y: Tensor, x: Tensor, d_out: int) -> Expected:
+    return "y", y, x.dtype, "..., d_out", (*x.shape[:-1], d_out)
 
 
 def _check_factors(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[int, int, int]:

@@ -198,12 +198,8 @@ def _launches(
         )
         if entries:
             table, programs = _table(entries, tile, tiles_each, tensors[0].device)
-            yield (
-                ELEMENTS[dtype],
-                outlives_graphs(table),
-                programs,
-                {"TILES": tiles_each, "num_warps": parameters["num_warps"]},
-            )
+            options = {"TILES": tiles_each, "num_warps": parameters["num_warps"]}
+            yield ELEMENTS[dtype], outlives_graphs(table), programs, options
 
 
 # The copy to the device waits for it, and may not happen while a CUDA graph is captured; a model's parameters stay where

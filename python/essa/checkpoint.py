@@ -23,8 +23,10 @@ from essa.config import InputError
 
 FORMAT = 1
 RUN_FILE, HISTORY_FILE = "run.json", "history.jsonl"
+COMMAND_FILE = "trdpo.json"
+"""Holds the options of `essa trdpo`, so that a resumed run need not be told them again."""
+RESULTS = ("adapter", "model", COMMAND_FILE, RUN_FILE)
 SYNC_SECONDS = 1.0
-RESULTS = ("adapter", "model", "trdpo.json", RUN_FILE)
 
 
 class SaveError(InputError):
@@ -53,15 +55,7 @@ class Run:
     @staticmethod
     def refuse_existing(directory: str | Path) -> None:
         """Raise `InputError` if a new run cannot go into this folder."""
-        directory = Path(directory)
-        if directory.exists() and not directory.is_dir():
-            raise InputError(f"output_dir {str(directory)!r} is not a folder")
-        if any((directory / name).exists() for name in (RUN_FILE, HISTORY_FILE)):
-            raise InputError(
-                f"output_dir {str(directory)!r} already holds a run; resume it with resume_from_checkpoint, "
-                "or choose another output_dir"
-            )
-        refuse_results(directory)
+        refuse_existing(Path(directory), RUN_FILE, HISTORY_FILE)
 
     @classmethod
     def create(cls, directory: str | Path, identity: dict[str, Any], about: dict[str, Any]) -> Run:
@@ -180,8 +174,19 @@ def _differences(recorded: Any, given: Any, name: str = "") -> list[str]:
     return [] if recorded == given else [f"{name} was {recorded!r}, now {given!r}"]
 
 
-def refuse_results(directory: Path) -> None:
-    """Raise `InputError` if a folder holds the results of a run of any kind, which a new one would overwrite."""
+def refuse_existing(directory: Path, *run_files: str) -> None:
+    """Raise `InputError` if a new run cannot go into a folder: it holds one, or what one of any kind would overwrite.
+
+    Args:
+        run_files: what a run of the new one's kind, which could be resumed, is known by.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir {str(directory)!r} is not a folder")
+    if any((directory / name).exists() for name in run_files):
+        raise InputError(
+            f"output_dir {str(directory)!r} already holds a run; resume it with resume_from_checkpoint, "
+            "or choose another output_dir"
+        )
     for name in RESULTS:
         if (directory / name).exists():
             raise InputError(

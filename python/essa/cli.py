@@ -16,7 +16,7 @@ import typer
 
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
 from essa.data import DataSettings, absolute, read_rows
-from essa.trdpo.settings import COMMAND_FILE, CommandSettings
+from essa.trdpo.settings import CommandSettings
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
@@ -77,6 +77,8 @@ def _read_run(context: typer.Context, directory: str | None) -> str | None:
 def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
     """Take the defaults of `essa trdpo` from the run that is to be resumed."""
     if directory is not None:
+        from essa.checkpoint import COMMAND_FILE
+
         path = Path(directory, COMMAND_FILE)
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))

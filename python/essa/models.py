@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,6 +120,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def lora_config(rank: int, alpha: int, target_modules: str) -> LoraConfig:
+    """A new adapter's configuration; `target_modules` are names separated by commas, or all-linear."""
+    targets: str | list[str] = target_modules
+    if target_modules != "all-linear":
+        targets = [target.strip() for target in target_modules.split(",")]
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def load_adapter(model: Any, adapter: str | None) -> PeftModel:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.checkpoint import make_folder, write_folder
 from essa.config import InputError, SFTConfig
 from essa.data import Prompts
-from essa.models import context_length
+from essa.models import context_length, lora_config
 
 IGNORED = -100
 
@@ -44,10 +44,7 @@ def sft(
         raise InputError(f"output_dir {args.output_dir!r} is there already and not empty; choose another")
     examples = _examples(model, processing_class, dataset)
     torch.manual_seed(args.seed)
-    targets: str | list[str] = "all-linear"
-    if args.lora_target_modules != targets:
-        targets = [target.strip() for target in args.lora_target_modules.split(",")]
-    lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    lora = lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
     try:
         peft_model = get_peft_model(model, lora)
     except ValueError as error:

@@ -27,26 +27,21 @@ from essa.quantization import weight_bytes as loaded_bytes
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-QWEN_7B = AutoConfig.for_model(
-    "qwen2",
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-QWEN_32B = AutoConfig.for_model(
-    "qwen2",
-    vocab_size=152064,
-    hidden_size=5120,
-    intermediate_size=27648,
-    num_hidden_layers=64,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    tie_word_embeddings=False,
-)
+
+def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int):
+    return AutoConfig.for_model(
+        "qwen2",
+        vocab_size=152064,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
+    )
+
+
+QWEN_7B, QWEN_32B = qwen(3584, 18944, 28, 28, 4), qwen(5120, 27648, 64, 40, 8)
 JOB = Job(members=96, prompts=64, prompt_tokens=256, new_tokens=256)
 
 

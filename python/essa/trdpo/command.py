@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
-from essa.checkpoint import make_folder, refuse_results, write_atomically
+from essa.checkpoint import COMMAND_FILE, make_folder, refuse_existing, write_atomically
 from essa.config import InputError
 from essa.data import DataSettings, absolute
-from essa.models import load_adapter, load_base
+from essa.models import load_adapter, load_base, lora_config
 from essa.trdpo.config import TRDPOConfig
-from essa.trdpo.settings import COMMAND_FILE, CommandSettings
+from essa.trdpo.settings import CommandSettings
 from essa.trdpo.trainer import TRDPOTrainer, check_attention
 
 NOT_TRAINING_ARGUMENTS = (
@@ -64,7 +63,6 @@ def run_trdpo(
     Raises:
         InputError: an option or a row cannot be used.
     """
-    settings.check()
     folder = Path(settings.output_dir)
     command = {
         "model_name_or_path": absolute(model_name_or_path),
@@ -74,16 +72,12 @@ def run_trdpo(
         **data.recorded(),
         **dataclasses.asdict(settings),
     }
-    if not resume and (folder / COMMAND_FILE).exists():
-        raise InputError(
-            f"output_dir {settings.output_dir!r} already holds a run; resume it with resume_from_checkpoint, or choose "
-            "another output_dir"
-        )
-    if not resume:
-        refuse_results(folder)
-    checkpoint = _last_checkpoint(folder) if resume else None
+    checkpoint = None
     if resume:
+        checkpoint = _last_checkpoint(folder)
         _refuse_changes(folder, command)
+    else:
+        refuse_existing(folder, COMMAND_FILE)
     if adapter is not None and settings.lora_r == 0:
         raise InputError("adapter must not be given with lora_r 0, which trains the whole model")
     args = _training_arguments(settings, evaluate=data.evaluates)
@@ -98,17 +92,20 @@ def run_trdpo(
         trust_remote_code=trust_remote_code,
         attn_implementation=settings.attn_implementation,
     )
+    new_adapter = None
     if adapter is not None:
         model = load_adapter(model, adapter)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
+    elif settings.lora_r:
+        new_adapter = lora_config(settings.lora_r, settings.lora_alpha, settings.lora_target_modules)
     trainer = TRDPOTrainer(
         model,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=_lora(settings) if adapter is None and settings.lora_r else None,
+        peft_config=new_adapter,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(say))
@@ -149,13 +146,6 @@ def _training_arguments(settings: CommandSettings, *, evaluate: bool) -> TRDPOCo
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(str(error)) from error
-
-
-def _lora(settings: CommandSettings) -> LoraConfig:
-    targets: str | list[str] = settings.lora_target_modules
-    if settings.lora_target_modules != "all-linear":
-        targets = [target.strip() for target in settings.lora_target_modules.split(",")]
-    return LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _refuse_changes(folder: Path, command: dict[str, Any]) -> None:

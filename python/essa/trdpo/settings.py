@@ -8,8 +8,6 @@ from essa.config import REPORTERS, Checks, InputError, setting
 
 LOSS_TYPES = ("sigmoid", "ipo", "kto")
 REF_UPDATES = ("soft", "hard", "none")
-COMMAND_FILE = "trdpo.json"
-"""Holds the options of `essa trdpo`, so that a resumed run need not be told them again."""
 
 
 @dataclass
