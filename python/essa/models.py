@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from essa.config import DTYPES, InputError
 from essa.hub import offline_note, reach_hub
-from essa.quantization import check_quantised, check_quantization, quantization_config
+from essa.quantization import check_quantised, check_quantization, plain_parts, quantization_config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PROBED = 256
+"""About how many elements of a tensor go into a digest that must be cheap."""
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
 
 
@@ -236,21 +238,49 @@ def context_length(model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def fingerprint(model: Any) -> dict[str, Any]:
-    """What identifies a model in a checkpoint: digests of the base configuration and of the adapter's weights or, where
-    there is no adapter, of all weights."""
+def fingerprint(model: Any) -> dict[str, str]:
+    """What identifies a model in a checkpoint: digests of the base configuration and of its weights."""
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
-    if has_lora(model):
-        part, state = "adapter", get_peft_model_state_dict(model, adapter_name=adapter_name(model))
-    else:
-        part, state = "weights", dict(model.named_parameters())
-    weights = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        weights.update(f"{name} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return {
-        "base_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        part: weights.hexdigest(),
+    described = json.dumps(config, sort_keys=True, default=str).encode()
+    return {"base_config": hashlib.sha256(described).hexdigest(), **weight_digests(model)}
+
+
+def weight_digests(model: Any) -> dict[str, str]:
+    """Digests of the adapter's weights and of a probe of those beneath it or, where there is no adapter, of all weights."""
+    parameters = {name: parameter.detach() for name, parameter in bare(model).named_parameters()}
+    if not has_lora(model):
+        return {"weights": _digest(parameters, _as_float32)}
+    adapter = get_peft_model_state_dict(model, adapter_name=adapter_name(model))
+    base = {
+        f"{name} {number}": part
+        for name, parameter in parameters.items()
+        if "lora_" not in name
+        for number, part in enumerate(plain_parts(parameter))
+        # Integers are packed as suits the device; their scales change with them.
+        if part.is_floating_point() and not part.is_meta
     }
+    return {"adapter": _digest(adapter, _as_float32), "base_weights": _digest(base, probe)}
+
+
+def is_quantised(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def probe(tensor: torch.Tensor) -> bytes:
+    """A few of a tensor's elements, from all over it, as float32."""
+    # An odd stride meets every column of a matrix whose width is a power of two.
+    return _as_float32(tensor.reshape(-1)[:: tensor.numel() // PROBED | 1])
+
+
+def _as_float32(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
+
+
+def _digest(tensors: dict[str, torch.Tensor], content: Callable[[torch.Tensor], bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(content(tensor))
+    return digest.hexdigest()

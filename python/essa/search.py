@@ -16,7 +16,7 @@ import torch
 
 from essa.config import ESSAConfig, InputError
 from essa.imports import import_named
-from essa.models import adapter_name
+from essa.models import adapter_name, probe
 from essa.rollout import batches, owners_of
 from essa.strategies import Score, Strategy, make_strategy
 from essa_kernels.nn import (
@@ -34,9 +34,6 @@ SPACES: dict[str, Callable[..., Parametrization]] = {
     "lowrank": LowRankNoise,
     "full": FullWeights,
 }
-PROBED = 256
-"""How many elements of each parameter go into a digest."""
-
 Candidates = torch.Tensor | Perturbed
 """Members as a parametrisation's ``attach`` takes them: offsets [members, dim], or perturbations of its point."""
 
@@ -116,10 +113,9 @@ class Search:
         """Identifies the candidates of a generation in a checkpoint: the offsets; or key, sigma and a probe of the point."""
         candidates = self.ask(generation)
         if isinstance(candidates, torch.Tensor):
-            content = _bytes(candidates)
+            content = candidates.cpu().numpy().astype("<f4").tobytes()
         else:
-            probes = (parameter.reshape(-1)[:PROBED] for parameter in self.space.parameters)
-            content = repr(candidates).encode() + b"".join(map(_bytes, probes))
+            content = repr(candidates).encode() + b"".join(map(probe, self.space.parameters))
         return hashlib.sha256(content).hexdigest()[:16]
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
@@ -234,7 +230,3 @@ def make_space(model: torch.nn.Module, args: ESSAConfig) -> Parametrization:
     except (ValueError, TypeError, NotImplementedError) as error:
         what = "LoRA adapter" if "adapter_name" in options else "model"
         raise InputError(f"this {what} cannot be searched: {error}") from error
-
-
-def _bytes(numbers: torch.Tensor) -> bytes:
-    return numbers.cpu().numpy().astype("<f4").tobytes()

@@ -109,7 +109,16 @@ class ESSATrainer:
             if source is None:
                 raise InputError("num_workers needs a model given by name: every worker loads its own")
             self._workers = Workers(
-                Recipe(source, args, processing_class, self.train_prompts, self.eval_prompts, reward_funcs), self.search
+                Recipe(
+                    source,
+                    args,
+                    processing_class,
+                    self.train_prompts,
+                    self.eval_prompts,
+                    reward_funcs,
+                    self._fingerprint,
+                ),
+                self.search,
             )
             chunks = len(self.search.chunks(args.prompts_per_generation))
             if chunks < args.num_workers:

@@ -35,7 +35,7 @@ from essa.chunks import Chunk, Task, evaluate_chunk, score_chunk
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts
 from essa.evaluate import complete_and_rate
-from essa.models import ModelSource
+from essa.models import ModelSource, has_lora, is_quantised, weight_digests
 from essa.rewards import Answer, Reward, Rewards
 from essa.rollout import batches
 from essa.search import Search, of_weights
@@ -56,7 +56,11 @@ class WorkerError(InputError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a worker is made of."""
+    """What a worker is made of.
+
+    Attributes:
+        fingerprint: that of the driver's model.
+    """
 
     source: ModelSource
     args: ESSAConfig
@@ -64,6 +68,7 @@ class Recipe:
     prompts: Prompts
     eval_prompts: Prompts | None
     reward_funcs: str | Reward | Sequence[str | Reward]
+    fingerprint: dict[str, str]
 
 
 class Replica:
@@ -77,11 +82,12 @@ class Replica:
         """Load the model.
 
         Raises:
-            InputError: it cannot be loaded here.
+            InputError: it cannot be loaded here, or is not the driver's.
         """
         recipe, args = self._recipe, self._recipe.args
         torch.set_num_threads(args.threads_per_worker)
         model, tokenizer = recipe.source.load(of_weights=of_weights(args))
+        self._check_weights(model)
         self._search = Search(model, args)
         self._state = TrainerState(max_steps=args.generations)
         self._task = Task(
@@ -94,6 +100,20 @@ class Replica:
             args.seed,
             args.row_budget,
         )
+
+    def _check_weights(self, model: Any) -> None:
+        """Candidates, which are compared later, tell of the weights only where those are what is searched."""
+        if not has_lora(model):
+            return
+        digests, source = weight_digests(model), self._recipe.source
+        if is_quantised(model):
+            del digests["base_weights"]  # other devices lay them out otherwise
+        for part, digest in digests.items():
+            if digest != self._recipe.fingerprint[part]:
+                name = source.adapter if part == "adapter" else source.name
+                raise InputError(
+                    f"{name!r} has other weights for a worker than for the driver; do all machines have the same files?"
+                )
 
     def evaluate(self, request: bytes) -> bytes:
         """Rewards of some rows. Raises RewardError."""

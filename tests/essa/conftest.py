@@ -61,6 +61,22 @@ def warm_start(tmp_path_factory):
 
 
 @pytest.fixture
+def retrained():
+    """Change the matrices in a file of weights a little, as more training would."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def change(path):
+        weights = load_file(path)
+        for weight in weights.values():
+            if weight.dim() == 2:
+                weight += 1e-3 * torch.randn(weight.shape)
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return change
+
+
+@pytest.fixture
 def make_trainer(problems, warm_start, tmp_path):
     """A small trainer on the demo's task; keyword arguments go to `ESSAConfig`, or override the trainer's own."""
     from essa import ESSAConfig, ESSATrainer

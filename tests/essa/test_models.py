@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import context_length, fingerprint, load_adapter, load_base, pick_device
+from essa.models import PROBED, context_length, fingerprint, load_adapter, load_base, pick_device, probe
 from essa.rollout import generate
 from essa.scoring import log_probabilities
 
@@ -74,6 +75,27 @@ def test_the_fingerprint_is_that_of_base_and_adapter(base, warm_start):
     with torch.no_grad():
         weight[0, 0] += 1e-3
     assert fingerprint(model)["adapter"] != first["adapter"]
+
+
+def test_the_fingerprint_probes_every_weight_beneath_the_adapter(base, warm_start):
+    model = load_adapter(base, warm_start)
+    first = fingerprint(model)["base_weights"]
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            with torch.no_grad():
+                weight.neg_()
+            assert fingerprint(model)["base_weights"] != first, name
+            with torch.no_grad():
+                weight.neg_()
+    assert fingerprint(model)["base_weights"] == first
+
+
+def test_a_probe_is_small_and_meets_every_column():
+    width = 1024
+    columns = torch.arange(width).repeat(width, 1)
+    seen = np.frombuffer(probe(columns), dtype=np.float32)
+    assert len(seen) <= PROBED and len(set(seen)) > PROBED / 2
+    assert probe(torch.tensor(3.0)) == np.float32(3).tobytes()
 
 
 def test_devices_and_context(base):

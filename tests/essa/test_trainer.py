@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,19 @@ def test_resume_refuses_other_settings_data_rewards_and_models(make_trainer, pro
         else:
             with pytest.raises(InputError, match=re.escape(message)):
                 trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_resume_refuses_a_base_that_was_trained_on(make_trainer, retrained, tmp_path, quantization):
+    if quantization != "none":
+        pytest.importorskip("torchao")
+    base = shutil.copytree(BASE_MODEL, tmp_path / "base")
+    settings = {"model": str(base), "generations": 1, "quantization": quantization}
+    make_trainer(**settings).train()
+    make_trainer(**settings).train(resume_from_checkpoint=True)
+    retrained(base / "model.safetensors")
+    with pytest.raises(InputError, match="cannot be resumed with other settings: model base_weights was"):
+        make_trainer(**settings).train(resume_from_checkpoint=True)
 
 
 def test_resume_refuses_a_damaged_or_missing_run(make_trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 from essa.checkpoint import Run
 from essa.config import ESSAConfig, InputError
+from essa.demo.warm_start import BASE_MODEL
 from essa.models import ModelSource
 from essa.rewards import RewardError
 from essa.workers import LOOPBACK, Recipe, Replica, WorkerError, connect, pack, unpack
@@ -137,11 +139,10 @@ def sockets() -> list[str]:
     return [name for name in found if name.startswith("socket:")]
 
 
-def recipe(trainer, warm_start) -> Recipe:
-    from essa.demo.warm_start import BASE_MODEL
-
-    source = ModelSource(str(BASE_MODEL), warm_start)
-    return Recipe(source, trainer.args, None, trainer.train_prompts, trainer.eval_prompts, "exact_match")
+def recipe(trainer, warm_start, base=BASE_MODEL) -> Recipe:
+    source = ModelSource(str(base), warm_start)
+    prompts = trainer.train_prompts, trainer.eval_prompts
+    return Recipe(source, trainer.args, None, *prompts, "exact_match", trainer._fingerprint)
 
 
 def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer, warm_start):
@@ -161,6 +162,18 @@ def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer
     assert reply["scores"] == [last["scores"][1][place] for place in reply["places"]] and reply["places"]
     with pytest.raises(WorkerError, match="a worker's candidates are not the driver's"):
         replica.evaluate(pack({**asked, "candidates": "0" * 16}))
+
+
+def test_a_worker_with_other_weights_is_refused(make_trainer, warm_start, retrained, tmp_path):
+    trainer = make_trainer()
+    other = shutil.copytree(warm_start, tmp_path / "other")
+    retrained(other / "adapter_model.safetensors")
+    base = shutil.copytree(BASE_MODEL, tmp_path / "base")
+    Replica(recipe(trainer, warm_start, base)).start()
+    retrained(base / "model.safetensors")
+    for adapter, named in ((warm_start, base), (str(other), other)):
+        with pytest.raises(InputError, match=f"{named}' has other weights for a worker than for the driver"):
+            Replica(recipe(trainer, adapter, base if adapter is warm_start else BASE_MODEL)).start()
 
 
 def test_workers_without_work_are_named(make_trainer, caplog):
