@@ -16,25 +16,24 @@ namespace {
 
 struct Candidate {
   Kernels kernels;
-  const char* family;  // what ESSA_CPU_ISA calls it
   bool (*supported)();
 };
 
 // Ascending; the last supported one wins.
 const Candidate candidates[] = {
-    {ESSA_TABLE(baseline), "baseline", [] { return true; }},
+    {ESSA_TABLE(baseline), [] { return true; }},
 #if defined(__x86_64__)
-    {ESSA_TABLE(avx2), "avx2",
+    {ESSA_TABLE(avx2),
      [] {
        return cpu_supports("avx2") && cpu_supports("fma") && cpu_supports("f16c");
      }},
-    {ESSA_TABLE(avx512), "avx512",
+    {ESSA_TABLE(avx512),
      [] {
        return cpu_supports("avx512f") && cpu_supports("avx512bw") &&
               cpu_supports("avx512vl") && cpu_supports("avx512dq");
      }},
 #ifdef ESSA_WITH_AVX512BF16
-    {ESSA_TABLE(avx512bf16), "avx512",
+    {ESSA_TABLE(avx512bf16),
      [] {
        return cpu_supports("avx512f") && cpu_supports("avx512bw") &&
               cpu_supports("avx512vl") && cpu_supports("avx512dq") &&
@@ -51,13 +50,11 @@ const Kernels& choose_kernels(const std::string& limit) {
   std::string allowed;
   for (const Candidate& candidate : candidates) {
     if (!candidate.supported()) continue;
-    if (chosen == nullptr || std::string(chosen->family) != candidate.family) {
-      if (chosen != nullptr && limit == chosen->family) break;
-      allowed += (allowed.empty() ? "" : ", ") + std::string(candidate.family);
-    }
     chosen = &candidate;
+    if (limit == candidate.kernels.isa) break;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(candidate.kernels.isa);
   }
-  if (!limit.empty() && limit != chosen->family) {
+  if (!limit.empty() && limit != chosen->kernels.isa) {
     throw std::invalid_argument("ESSA_CPU_ISA is '" + limit + "'; this build on this machine allows: " + allowed);
   }
   return chosen->kernels;

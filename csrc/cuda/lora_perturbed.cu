@@ -8,13 +8,17 @@ namespace cuda {
 namespace {
 
 constexpr int kBlocksPerProcessor = 2;
-constexpr int kMostRows = 4;     // of a pair at once; 2 where members have one row each
+constexpr int kMostRows = 4;     // of a pair at once; 2 where members have one row each, or the rank is large
 constexpr int kLeastColumns = 512;  // of the longer dimension, for each block of a cluster
 
 template <int R, class T, class P>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     lora_perturbed_kernel(const __grid_constant__ LoraPerturbed<T, P> p, int parts) {
   lora_perturbed_block<R>(DeviceBlock(parts), p);
+}
+
+size_t perturbed_shared_bytes(int rows_at_once, int rank) {
+  return sizeof(float) * (size_t)perturbed_layout(rows_at_once, rank, kThreads / kWarp).total;
 }
 
 // As many parts as leave each some work and, all together, fill the device. Without clusters every part draws all of A's
@@ -28,9 +32,8 @@ Grid choose_grid(const OnDeviceOf& device, int64_t rows, int64_t groups, int d_i
   const int most = grid.cluster ? kMaxCluster : 2, longest = d_in > d_out ? d_in : d_out;
   while (grid.parts < most && longest >= 2 * kLeastColumns * grid.parts && groups * grid.parts < 4 * processors)
     grid.parts *= 2;
-  grid.rows_per_block = rows > groups ? kMostRows : 2;
-  const PerturbedShared shared = perturbed_layout(grid.rows_per_block, rank, kThreads / kWarp);
-  grid.shared_bytes = sizeof(float) * (size_t)shared.total;
+  grid.rows_per_block = rows > groups && perturbed_shared_bytes(kMostRows, rank) <= kSharedLimit ? kMostRows : 2;
+  grid.shared_bytes = perturbed_shared_bytes(grid.rows_per_block, rank);
   if (grid.shared_bytes > kSharedLimit)
     refuse("%s: rank %d needs %lld bytes of shared memory, allowed are %lld", kOp, rank,
            (long long)grid.shared_bytes, (long long)kSharedLimit);

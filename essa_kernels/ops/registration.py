@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from operator import index
 
 import torch
@@ -47,8 +48,11 @@ def register(schema: str, run: Callable, fake: Callable) -> Callable:
 def _check_are_tensors(op: torch._ops.OpOverload, arguments: Sequence) -> None:
     """Raise, by name, what torch says of an argument that is no tensor in terms of its own dispatch."""
     given = zip(op._schema.arguments, arguments, strict=False)
-    tensors = {expected.name: value for expected, value in given if str(expected.type) == "Tensor"}
-    check_are_tensors(op._schema.name.removeprefix("essa::"), **tensors)
+    name = op._schema.name.removeprefix("essa::")
+    for expected, value in given:
+        kind = str(expected.type)
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
+            check_are_tensors(name, **{expected.name: value})
 
 
 def check_are_tensors(op: str, **arguments: object) -> None:
@@ -248,11 +252,11 @@ def check_distribution(op: str, distribution: str) -> str:
 
 def check_real(op: str, name: str, value: float) -> float:
     """Raise unless it is a number that float32 holds."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value!r}")
-    return value
+    return float(value)
 
 
 def check_size(op: str, name: str, value: int) -> int:
@@ -278,7 +282,7 @@ def as_weights(op: str, weights: Tensor | Sequence[float]) -> Tensor:
     """The members' weights as a tensor [members], float32."""
     if not isinstance(weights, Tensor):
         try:
-            weights = torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
+            weights = torch.tensor(list(weights), dtype=torch.float32)
         except (TypeError, ValueError):
             message = f"{op}: weights must be a float32 tensor or a sequence of numbers, got {weights!r}"
             raise TypeError(message) from None

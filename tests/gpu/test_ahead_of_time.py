@@ -301,7 +301,9 @@ def check_linear_logprob(launches: list[Launch], arch: str, dtype: torch.dtype, 
     linear_logprob.linear_logprob(logprob, logsumexp, slope, *operands)
     linear_logprob.linear_logprob(logprob, logsumexp, None, *operands)
     linear_logprob.linear_logprob_backward(d_hidden, d_weight, d_bias, grad, slope, logprob, logsumexp, *operands)
-    for launch in {(launch.kernel, launch.arguments.get("SLOPES")): launch for launch in launches}.values():
+    different = {(launch.kernel, launch.arguments.get("SLOPES")): launch for launch in launches}
+    assert len(different) == 8
+    for launch in different.values():
         kernel = compiled(launch, arch)
         assert_fits(kernel, arch, most_registers=256)
         if arch.startswith("sm") and d % 16 == 0 and dtype != torch.float32 and "INNER" in launch.arguments:
@@ -327,9 +329,9 @@ def check_svd_lora_linear(launches: list[Launch], arch: str, dtype: torch.dtype,
         y, x, v_a, *rest = operands(rows, rank, dtype, size)
         weight = torch.empty(size, size, dtype=dtype, device="meta")
         svd_lora.svd_lora_linear(y, x, weight, weight[0], v_a, *rest)
-    for launch in launches:
-        if launch.kernel is not svd_lora.linear_kernel:
-            continue
+    linear = [launch for launch in launches if launch.kernel is svd_lora.linear_kernel]
+    assert len(linear) == 2
+    for launch in linear:
         kernel = compiled(launch, arch)
         assert_fits(kernel, arch, most_registers=256, most_shared=160 << 10)
         if arch.startswith("sm") and size % 16 == 0 and rank % 8 == 0:

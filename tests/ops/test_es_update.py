@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -309,10 +311,19 @@ BAD_WEIGHTS = [
     ({"weights": torch.ones(2, 2)}, ValueError, r"weights must have shape \[members\] with members >= 1, got \[2, 2\]"),
     ({"weights": torch.ones(2).double()}, ValueError, "weights must have dtype torch.float32, got torch.float64"),
     ({"weights": ["one"]}, TypeError, r"weights must be a float32 tensor or a sequence of numbers, got \['one'\]"),
+    ({"weights": "12"}, TypeError, "weights must be a float32 tensor or a sequence of numbers, got '12'"),
     ({"weights": [1.0, float("nan")]}, ValueError, "weights must be finite, got nan for member 1"),
     ({"weights": [1e39]}, ValueError, "weights must be finite, got inf for member 0"),
     ({"weights": torch.ones(2, device="meta")}, ValueError, "weights must be on cpu, got meta"),
 ]
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, Fraction])
+def test_any_real_number_is_a_sigma(number):
+    t, expected = torch.zeros(2, 4, 6)
+    perturb_(t, KEY, 3, number(0.5))
+    perturb_(expected, KEY, 3, 0.5)
+    assert torch.equal(t, expected)
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_TENSORS + BAD_PERTURBATIONS)

@@ -447,6 +447,8 @@ def test_no_tensor_is_refused(seed):
         linear_logprob(*operands.replace(labels=[1, 2, 3, 4]))
     with pytest.raises(TypeError, match="linear_logprob: hidden must be a tensor, got NoneType"):
         linear_logprob(None, *operands[1:])
+    with pytest.raises(TypeError, match="linear_logprob: bias must be a tensor, got list"):
+        linear_logprob(*operands.replace(bias=[0.0] * 7))
 
 
 def test_bad_backends_are_refused(seed):

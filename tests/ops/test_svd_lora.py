@@ -564,6 +564,8 @@ def test_no_tensor_is_refused(seed):
         svd_lora(*[None] * 7)
     with pytest.raises(TypeError, match="svd_lora_expand_: h must be a tensor, got int"):
         svd_lora_expand_(operands.x, 1, operands.u_b)
+    with pytest.raises(TypeError, match="y must be a tensor, got list"):
+        svd_lora(*operands, y=[1.0])
 
 
 def test_the_reference_is_exact_whatever_the_process_allows(seed):
