@@ -63,6 +63,16 @@ class Preferences(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
 
+    def check_lengths(self, context: int) -> None:
+        """Raise `InputError` for a row that is longer than a model's context."""
+        for example in self.examples:
+            tokens = len(example.prompt) + max(map(len, example.completions))
+            if tokens > context:
+                raise InputError(
+                    f"{self.name} row {example.row} has {tokens} tokens, more than the model's context of {context}; set "
+                    f"max_length to at most {context}, which cuts completions, or drop the row"
+                )
+
     def report(self) -> None:
         """Warn of what the rows are no error for."""
         if self.identical:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from essa.config import InputError
-from essa.models import bare, load_base, load_tokenizer
+from essa.models import bare, context_length, load_base, load_tokenizer
 from essa.trdpo import losses
 from essa.trdpo.batches import Collator
 from essa.trdpo.config import TRDPOConfig
@@ -86,6 +86,11 @@ class TRDPOTrainer(Trainer):
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         check_attention(bare(model).config._attn_implementation, args.device)
+        self._context = context_length(model)
+        if self._context and args.max_length and args.max_length > self._context:
+            raise InputError(
+                f"max_length must be at most the model's context of {self._context}, got {args.max_length}"
+            )
         model = _with_adapter(model, peft_config)
         check_trainable(model)
         _disable_dropout(model)
@@ -127,9 +132,14 @@ class TRDPOTrainer(Trainer):
 
     def _read(self, dataset: Any, name: str) -> Preferences:
         if isinstance(dataset, Preferences):
-            return dataset
-        preferences = read_preferences(dataset, self._tokenizer, name=name, kto=self._kto, max_length=self._max_length)
-        preferences.report()
+            preferences = dataset
+        else:
+            preferences = read_preferences(
+                dataset, self._tokenizer, name=name, kto=self._kto, max_length=self._max_length
+            )
+            preferences.report()
+        if self._context:
+            preferences.check_lengths(self._context)
         return preferences
 
     def _read_evaluation(self, dataset: Any) -> Any:

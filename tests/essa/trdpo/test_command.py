@@ -18,7 +18,7 @@ from .conftest import make_judged, make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "2", "--learning_rate", "1e-3"]
-SMALL += ["--ref_model_sync_steps", "2", "--lora_r", "4", "--device", "cpu", "--save_steps", "3"]
+SMALL += ["--ref_model_sync_steps", "2", "--lora_r", "4", "--device", "cpu", "--save_steps", "3", "--max_length", "32"]
 
 
 def essa(*arguments):
@@ -90,6 +90,7 @@ def test_from_a_given_adapter(command, warm_start, tmp_path):
             ["--quantization", "int4"],
             "quantization must be int8 or none here: torchao's int4 products have no backward pass",
         ),
+        (["--max_length", "33"], "max_length must be at most the model's context of 32, got 33"),
         (["--max_length", "3"], "leaves nothing of max_length 3"),
     ],
 )
