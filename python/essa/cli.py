@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from essa.config import ESSAConfig, InputError, SFTConfig, suggest
+from essa.config import ESSAConfig, InputError, SFTConfig, read_chat_template_kwargs, suggest
 from essa.data import DataSettings, absolute, read_rows
 from essa.trdpo.settings import CommandSettings
 
@@ -151,7 +151,7 @@ def _options(settings: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(settings)
     options = []
     for field in dataclasses.fields(settings):
-        hint = str if field.metadata.get("auto") else hints[field.name]
+        hint = field.metadata.get("option") or hints[field.name]
         names = [f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}"]
         names += [f"--{alias}"] if (alias := field.metadata.get("alias")) else []
         required = field.default is dataclasses.MISSING
@@ -360,6 +360,10 @@ def eval(
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=1)
     ] = 256,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option("--chat_template_kwargs", help="Further arguments of the chat template, as JSON, as in the run."),
+    ] = None,
     row_budget: Annotated[int, typer.Option("--row_budget", help="Most sequences decoded in one batch.", min=1)] = 256,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[
@@ -374,6 +378,7 @@ def eval(
 
     A table goes to stderr, the same numbers as JSON to stdout.
     """
+    template = read_chat_template_kwargs(chat_template_kwargs)
     rows = read_rows(dataset_name, split=dataset_split)
     _quiet()
     from essa.evaluate import check_prompts, evaluate
@@ -389,7 +394,15 @@ def eval(
         trust_remote_code=trust_remote_code,
     )
     model = base if adapter is None else load_adapter(base, adapter)
-    prompts = check_prompts(rows, model, tokenizer, rewards, name="dataset_name", max_new_tokens=max_new_tokens)
+    prompts = check_prompts(
+        rows,
+        model,
+        tokenizer,
+        rewards,
+        name="dataset_name",
+        max_new_tokens=max_new_tokens,
+        chat_template_kwargs=template,
+    )
     numbers = evaluate(model, tokenizer, prompts, rewards, max_new_tokens=max_new_tokens, row_budget=row_budget)
     result = {
         "model": model_name_or_path,

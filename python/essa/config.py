@@ -26,10 +26,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" - did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def setting(default: Any, help: str, *, fixed: bool = False, auto: bool = False, alias: str | None = None) -> Any:
+def setting(
+    default: Any, help: str, *, fixed: bool = False, option: type | None = None, alias: str | None = None
+) -> Any:
     """A field with help. `fixed` settings decide the candidates or their rewards, so a resumed run must keep them.
-    `auto` ones may also be given as "auto", until the trainer knows better. `alias` is a shorter option name."""
-    return field(default=default, metadata={"help": help, "fixed": fixed, "auto": auto, "alias": alias})
+    `option` is the type of the command line's option, where it is not the field's. `alias` is a shorter option name."""
+    return field(default=default, metadata={"help": help, "fixed": fixed, "option": option, "alias": alias})
 
 
 PARAMETRIZATIONS = ("svd", "lora", "lowrank", "full")
@@ -41,6 +43,8 @@ OFFSET_MODES = ("absolute", "relative")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
 REPORTERS = ("none", "tensorboard", "wandb")
+EVALUATED = ("reward", "tokens", "seconds")
+"""What an evaluation measures."""
 
 
 class Checks:
@@ -159,6 +163,15 @@ class ESSAConfig(_Settings):
     )
     noise_rank: int = setting(1, "Rank of lowrank's noise.", fixed=True)
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", fixed=True)
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the chat template, which renders prompts that are messages, as a JSON object: "
+            "'{\"enable_thinking\": false}'.",
+            "fixed": True,
+            "option": str,
+        },
+    )
     temperature: float | None = setting(
         None,
         "0 decodes greedily; above 0 completions are sampled. Evaluation is always greedy. Default: the strategy's "
@@ -170,7 +183,7 @@ class ESSAConfig(_Settings):
         "Most sequences decoded in one batch. Members are split into chunks of at most this many. auto: the fastest that "
         "fits, measured at the start.",
         fixed=True,
-        auto=True,
+        option=str,
     )
     seed: int = setting(0, "Seed of everything random: same seed, same machine, same adapter.", fixed=True)
     reward_weights: list[float] | None = field(
@@ -188,11 +201,22 @@ class ESSAConfig(_Settings):
         "last). 0: only before and after.",
     )
     load_best_model_at_end: bool = setting(
-        False, "Save the mean with the best evaluation reward instead of the last one."
+        False, "Save the mean that was the best in evaluation, by metric_for_best_model, instead of the last one."
     )
+    metric_for_best_model: str = setting(
+        "reward", "What the best mean is known by: the evaluation's reward, tokens or seconds."
+    )
+    greater_is_better: bool = setting(True, "Whether more of metric_for_best_model is better.")
     save_steps: int = setting(0, "Refresh output_dir/adapter every so many generations. 0: only at the end.")
     logging_steps: int = setting(1, "Log every so many generations.")
-    report_to: str = setting("none", "Also log to tensorboard or wandb (installed separately), or none.")
+    report_to: str | list[str] = field(
+        default="none",
+        metadata={
+            "help": "Also log to tensorboard or wandb (installed separately), or none.",
+            "fixed": False,
+            "option": str,
+        },
+    )
     run_name: str | None = setting(None, "Name of the run in wandb and in the report.")
     progress: bool = setting(True, "Show progress on the terminal.")
     dtype: str = setting(
@@ -254,6 +278,7 @@ class ESSAConfig(_Settings):
         if self.learning_rate is not None:
             self._check_float("learning_rate", above=0.0)
         self._check_int("max_new_tokens", 1)
+        self.chat_template_kwargs = read_chat_template_kwargs(self.chat_template_kwargs)
         if self.temperature is not None:
             self._check_float("temperature", at_least=0.0)
         row_budget: Any = self.row_budget
@@ -273,7 +298,12 @@ class ESSAConfig(_Settings):
         self._check_int("eval_steps", 0)
         self._check_int("save_steps", 0)
         self._check_int("logging_steps", 1)
-        self._check_choice("report_to", REPORTERS)
+        if not isinstance(self.report_to, list):
+            self._check_choice("report_to", REPORTERS)
+        elif not set(map(str, self.report_to)) <= set(REPORTERS[1:]):
+            raise InputError(f"report_to must be a list of {', '.join(REPORTERS[1:])}, got {self.report_to!r}")
+        self.metric_for_best_model = str(self.metric_for_best_model).removeprefix("eval_")
+        self._check_choice("metric_for_best_model", EVALUATED)
         self._check_choice("dtype", DTYPES)
         self._check_choice("quantization", QUANTIZATIONS)
         self._check_int("num_workers", 0)
@@ -285,7 +315,7 @@ class ESSAConfig(_Settings):
                 raise InputError(f"ray_address must be auto or host:port, got {self.ray_address!r}")
             if self.num_workers == 0:
                 raise InputError("ray_address needs num_workers of at least 1")
-        for name in ("load_best_model_at_end", "progress"):
+        for name in ("load_best_model_at_end", "greater_is_better", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -298,6 +328,11 @@ class ESSAConfig(_Settings):
                     f"{name} is a setting of parametrization {' or '.join(parametrizations)}, got {value!r} with "
                     f"{self.parametrization!r}"
                 )
+
+    @property
+    def eval_strategy(self) -> str:
+        """As transformers' callbacks know it: "steps", or "no" where there is no evaluation between first and last."""
+        return "steps" if self.eval_steps else "no"
 
     def fixed(self) -> dict[str, Any]:
         """The settings a resumed run must keep."""
@@ -327,6 +362,17 @@ class SFTConfig(_Settings):
             raise InputError(f"lora_target_modules must be text, got {self.lora_target_modules!r}")
         self._check_float("learning_rate", above=0.0)
         self._check_int("seed", 0, 2**63 - 1)
+
+
+def read_chat_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """Further arguments of a chat template, which may be given as JSON. Raises `InputError` if they are no object."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise InputError(f"chat_template_kwargs must be a JSON object, got {value!r}: {error}") from error
+    if read is not None and not isinstance(read, dict):
+        raise InputError(f"chat_template_kwargs must be an object of names and values, got {value!r}")
+    return read
 
 
 def _is_finite(value: object) -> bool:

@@ -228,7 +228,15 @@ class Prompts:
         return {"rows": len(self.rows), "sha256": digest.hexdigest()}
 
     @classmethod
-    def check(cls, dataset: Iterable[dict[str, Any]], processing_class: Any, *, name: str, room: int | None) -> Prompts:
+    def check(
+        cls,
+        dataset: Iterable[dict[str, Any]],
+        processing_class: Any,
+        *,
+        name: str,
+        room: int | None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompts:
         """Check a `datasets.Dataset` or list of rows and render its prompts.
 
         Args:
@@ -236,11 +244,14 @@ class Prompts:
             processing_class: the tokenizer.
             name: the argument's name, for messages.
             room: the most tokens a prompt may have, or None where the model sets no limit.
+            chat_template_kwargs: further arguments of the chat template.
 
         Raises:
             InputError: naming the argument and the first row that is wrong.
         """
-        if isinstance(dataset, (str, bytes, dict)) or not hasattr(dataset, "__len__"):
+        if isinstance(dataset, dict):
+            raise InputError(f"{name} must be one dataset, got a dict of {', '.join(map(repr, dataset)) or 'none'}")
+        if isinstance(dataset, (str, bytes)) or not hasattr(dataset, "__len__"):
             raise InputError(f"{name} must be a datasets.Dataset or a list of rows, got {type(dataset).__name__}")
         rows = list(dataset)
         if not rows:
@@ -252,7 +263,9 @@ class Prompts:
             if isinstance(row["prompt"], str) == conversational:
                 raise InputError(f"{name} row {number}: prompts must be all text or all messages, got both kinds")
         if conversational:
-            texts = _apply_chat_template(rows, processing_class, name)
+            texts = _apply_chat_template(rows, processing_class, name, chat_template_kwargs or {})
+        elif chat_template_kwargs:
+            raise InputError(f"chat_template_kwargs needs prompts that are messages, but those of {name} are text")
         else:
             texts = [row["prompt"] for row in rows]
         if room is not None:
@@ -284,7 +297,9 @@ def _check_row(row: Any, number: int, name: str) -> None:
             raise InputError(f"{name} row {number}: a message must be {{'role': ..., 'content': ...}}, got {message!r}")
 
 
-def _apply_chat_template(rows: list[dict[str, Any]], processing_class: Any, name: str) -> list[str]:
+def _apply_chat_template(
+    rows: list[dict[str, Any]], processing_class: Any, name: str, template: dict[str, Any]
+) -> list[str]:
     if not getattr(processing_class, "chat_template", None):
         raise InputError(f"{name} has prompts as messages, but the tokenizer has no chat template; give them as text")
     texts = []
@@ -297,6 +312,7 @@ def _apply_chat_template(rows: list[dict[str, Any]], processing_class: Any, name
                 tokenize=False,
                 add_generation_prompt=not to_continue,
                 continue_final_message=to_continue,
+                **template,
             )
         except Exception as error:
             raise InputError(f"{name} row {number}: the chat template refused the messages: {error}") from error

@@ -23,6 +23,7 @@ def check_prompts(
     *,
     name: str,
     max_new_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Prompts:
     """The dataset as `Prompts` that fit this model's context and have the columns these rewards need.
 
@@ -31,7 +32,7 @@ def check_prompts(
     """
     context = context_length(model)
     room = None if context is None else context - max_new_tokens
-    prompts = Prompts.check(dataset, processing_class, name=name, room=room)
+    prompts = Prompts.check(dataset, processing_class, name=name, room=room, chat_template_kwargs=chat_template_kwargs)
     rewards.check_columns(prompts)
     return prompts
 

@@ -124,6 +124,24 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies where a model was loaded from.
+
+    Raises:
+        InputError: there is none, so that processing_class must be given.
+    """
+    name = bare(model).config._name_or_path
+    if not name:
+        raise InputError("processing_class must be given: the model was not loaded from where its tokenizer might be")
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"processing_class must be given: there is no tokenizer at {name!r}, where the model was loaded from: "
+            f"{error}{offline_note()}"
+        ) from error
+
+
 def lora_config(rank: int, alpha: int, target_modules: str) -> LoraConfig:
     """A new adapter's configuration; `target_modules` are names separated by commas, or all-linear."""
     targets: str | list[str] = target_modules

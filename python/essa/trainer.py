@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 import essa_kernels
 from essa.checkpoint import RUN_FILE, Run, SaveError
@@ -28,7 +28,7 @@ from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts
-from essa.models import ModelSource, fingerprint, has_lora, load_tokenizer, with_adapter
+from essa.models import ModelSource, fingerprint, has_lora, tokenizer_of, with_adapter
 from essa.progress import Progress, stderr_console
 from essa.rewards import Reward, RewardError, Rewards
 from essa.row_budget import choose_row_budget
@@ -70,30 +70,36 @@ class ESSATrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         adapter: str | None = None,
     ) -> None:
+        if not isinstance(model, (str, ModelSource, torch.nn.Module)):
+            raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
         if args is None:
-            name: str = model if isinstance(model, str) else _model_name(model)
-            args = ESSAConfig(output_dir=f"{Path(name).name}-ESSA")
+            args = ESSAConfig(output_dir=f"{Path(_model_name(model)).name or type(model).__name__}-ESSA")
+        if args.load_best_model_at_end and eval_dataset is None:
+            raise InputError("load_best_model_at_end needs an eval_dataset")
         self.args = args
         self.rewards = Rewards(reward_funcs, args.reward_weights, args.reward_timeout)
         source = _source(model, adapter, args)
         self.model, self.processing_class = _load(model, adapter, processing_class, source, args)
         if train_dataset is None:
             raise InputError("train_dataset must be given")
-        check = functools.partial(
+        self._check = functools.partial(
             check_prompts,
             model=self.model,
             processing_class=self.processing_class,
             rewards=self.rewards,
             max_new_tokens=args.max_new_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
         )
-        self.train_prompts: Prompts = check(train_dataset, name="train_dataset")
-        self.eval_prompts: Prompts | None = None if eval_dataset is None else check(eval_dataset, name="eval_dataset")
+        self.train_prompts: Prompts = self._check(train_dataset, name="train_dataset")
+        self.eval_prompts: Prompts | None = None
+        if eval_dataset is not None:
+            self.eval_prompts = self._check(eval_dataset, name="eval_dataset")
         self._sampler = PromptSampler(len(self.train_prompts), args.prompts_per_generation, args.seed)
         self.search = Search(self.model, args)
         if args.row_budget == "auto":  # type: ignore[comparison-overlap]
             args.row_budget = self._choose_row_budget()
         self._fingerprint = fingerprint(self.model)
-        task = Task(
+        self._task = Task(
             self.model,
             self.processing_class,
             self.train_prompts,
@@ -103,7 +109,7 @@ class ESSATrainer:
             args.seed,
             args.row_budget,
         )
-        self._evaluator: Local | Workers = Local(task, self.search)
+        self._evaluator: Local | Workers = Local(self._task, self.search)
         self._workers: Workers | None = None
         if args.num_workers:
             if source is None:
@@ -130,7 +136,9 @@ class ESSATrainer:
                     args.num_workers - chunks,
                     args.num_workers,
                 )
-        self.callbacks = _make_callbacks(callbacks, args.report_to)
+        self.callbacks: list[TrainerCallback] = []
+        for callback in [*(callbacks or ()), *_reporters(args.report_to)]:
+            self.add_callback(callback)
         self.about: dict[str, Any] = {}
         """Further facts for `run.json`, such as the command that started the run."""
         self._reset()
@@ -205,9 +213,45 @@ class ESSATrainer:
         write_report(self.args.output_dir)
         return self._summary()
 
-    def evaluate(self) -> dict[str, float]:
-        """Greedy completions of the current mean on `eval_dataset`: `eval_reward` and what it took."""
-        return {f"eval_{name}": value for name, value in self._evaluation().items()}
+    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Greedy completions of the current mean: `eval_reward` and what it took.
+
+        Args:
+            eval_dataset: as the constructor's, which is the default.
+            metric_key_prefix: takes the place of `eval`.
+        """
+        evaluator = self._evaluator
+        if eval_dataset is not None:
+            prompts = self._check(eval_dataset, name="eval_dataset")
+            evaluator = Local(dataclasses.replace(self._task, eval_prompts=prompts), self.search)
+        elif self.eval_prompts is None:
+            raise InputError("evaluate() needs an eval_dataset")
+        return {f"{metric_key_prefix}_{name}": value for name, value in evaluator.measure(self.state).items()}
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a transformers callback, or one of a class.
+
+        Raises:
+            InputError: it is none, or could do nothing in this run.
+        """
+        made = callback() if isinstance(callback, type) else callback
+        if not isinstance(made, TrainerCallback):
+            raise InputError(f"callbacks must be transformers TrainerCallbacks, got {type(made).__name__}")
+        if isinstance(made, EarlyStoppingCallback) and (self.eval_prompts is None or not self.args.eval_steps):
+            raise InputError("callbacks: EarlyStoppingCallback needs an eval_dataset, and eval_steps above 0")
+        self.callbacks.append(made)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Take away a callback, or the first of a class, and return it; None if there is none."""
+        for own in self.callbacks:
+            if isinstance(own, callback) if isinstance(callback, type) else own is callback:
+                self.callbacks.remove(own)
+                return own
+        return None
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Take away a callback, or the first of a class."""
+        self.pop_callback(callback)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the current mean, by default to `args.output_dir`: as an ordinary PEFT adapter folder, `adapter`, or where
@@ -402,25 +446,22 @@ class ESSATrainer:
     def _evaluate(self, run: Run, progress: Progress) -> None:
         if self.eval_prompts is None:
             return
-        evaluation = self._evaluation()
+        evaluation = self._evaluator.measure(self.state)
         record = {"step": self.state.global_step, "samples": self.samples, "evaluation": evaluation}
         run.append(record)
-        self._remember_evaluation(record)
         metrics = {f"eval_{name}": value for name, value in evaluation.items()}
         progress.evaluated(metrics)
         self._log(metrics)
+        # Callbacks compare it with the best before it.
         self._emit("on_evaluate", metrics=metrics)
-
-    def _evaluation(self) -> dict[str, float]:
-        if self.eval_prompts is None:
-            raise InputError("evaluate() needs an eval_dataset")
-        return self._evaluator.measure(self.state)
+        self._remember_evaluation(record)
 
     def _remember_evaluation(self, record: dict[str, Any]) -> None:
         step, evaluation = record["step"], record["evaluation"]
         self.evaluations[step] = evaluation
-        if self.state.best_metric is None or evaluation["reward"] > self.state.best_metric:
-            self.state.best_metric, self.state.best_global_step = evaluation["reward"], step
+        metric, best = evaluation[self.args.metric_for_best_model], self.state.best_metric
+        if best is None or (metric > best if self.args.greater_is_better else metric < best):
+            self.state.best_metric, self.state.best_global_step = metric, step
             if self.args.load_best_model_at_end:
                 self._best = self.search.keep()
 
@@ -434,9 +475,9 @@ class ESSATrainer:
         if self.bytes_per_worker:
             summary["bytes_per_worker"] = self.bytes_per_worker
         if self.evaluations:
-            last = self.evaluations[self.state.global_step]["reward"]
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
             summary["eval_reward_before"] = self.evaluations[0]["reward"]
-            summary["eval_reward"] = self.state.best_metric if self.args.load_best_model_at_end else last
+            summary["eval_reward"] = self.evaluations[self.state.global_step if best is None else best]["reward"]
         return summary
 
     # Callbacks
@@ -482,32 +523,24 @@ def _load(
         own = dataclasses.replace(source, device="cpu") if args.num_workers else source
         loaded, tokenizer = own.load(of_weights=of_weights(args))
         return loaded, processing_class or tokenizer
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
     if has_lora(model) and adapter is not None:
         raise InputError("adapter must not be given for a model that already carries a LoRA adapter")
-    return with_adapter(model, adapter, of_weights=of_weights(args)).eval(), processing_class or load_tokenizer(
-        _model_name(model)
-    )
+    return with_adapter(model, adapter, of_weights=of_weights(args)).eval(), processing_class or tokenizer_of(model)
 
 
 def _model_name(model: Any) -> str:
-    return model.config._name_or_path
+    if isinstance(model, ModelSource):
+        return model.name
+    return model if isinstance(model, str) else model.config._name_or_path
 
 
-def _make_callbacks(
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None, report_to: str
-) -> list[TrainerCallback]:
-    wanted = list(callbacks or [])
-    if report_to != "none":
-        from transformers.integrations import get_reporting_integration_callbacks
+def _reporters(report_to: str | list[str]) -> list[TrainerCallback]:
+    from transformers.integrations import get_reporting_integration_callbacks
 
-        wanted += get_reporting_integration_callbacks([report_to])
-    try:
-        made = [callback() if isinstance(callback, type) else callback for callback in wanted]
-    except (RuntimeError, ImportError) as error:
-        raise InputError(f"report_to {report_to!r} needs `pip install {report_to}`: {error}") from error
-    for callback in made:
-        if not isinstance(callback, TrainerCallback):
-            raise InputError(f"callbacks must be transformers TrainerCallbacks, got {type(callback).__name__}")
+    made = []
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        try:
+            made += [kind() for kind in get_reporting_integration_callbacks(name)]
+        except (RuntimeError, ImportError) as error:
+            raise InputError(f"report_to {name!r} needs `pip install {name}`: {error}") from error
     return made

@@ -57,6 +57,12 @@ def test_every_field_explains_itself(kind):
         ("save_steps", -1),
         ("logging_steps", 0),
         ("report_to", "mlflow"),
+        ("report_to", ["wandb", "none"]),
+        ("report_to", [3]),
+        ("metric_for_best_model", "loss"),
+        ("greater_is_better", "yes"),
+        ("chat_template_kwargs", "{enable_thinking"),
+        ("chat_template_kwargs", [1]),
         ("dtype", "float64"),
         ("progress", "yes"),
     ],
@@ -66,6 +72,11 @@ def test_a_wrong_value_is_named(name, value):
         ESSAConfig(**{"output_dir": "run", name: value})
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+def test_arguments_of_the_chat_template_may_be_json():
+    config = ESSAConfig("run", chat_template_kwargs='{"enable_thinking": false}')
+    assert config.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_choices_suggest_the_nearest():

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from essa import ESSAConfig, ESSATrainer
 from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import load_adapter, load_base
+from essa.models import ModelSource, load_adapter, load_base
 from essa.rewards import RewardError
 from essa.strategies import STRATEGIES
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 TIMING = ("seconds", "rollout_seconds")
 METHODS = {strategy: {"strategy": strategy} for strategy in STRATEGIES} | {
@@ -276,6 +277,14 @@ def test_resume_refuses_a_damaged_or_missing_run(make_trainer):
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
         ({"callbacks": [print]}, "callbacks must be transformers TrainerCallbacks"),
+        ({"callbacks": [EarlyStoppingCallback], "eval_steps": 0}, "EarlyStoppingCallback needs .* eval_steps above 0"),
+        ({"callbacks": [EarlyStoppingCallback], "eval_dataset": None}, "EarlyStoppingCallback needs an eval_dataset"),
+        ({"load_best_model_at_end": True, "eval_dataset": None}, "load_best_model_at_end needs an eval_dataset"),
+        ({"eval_dataset": {"easy": [], "hard": []}}, "eval_dataset must be one dataset, got a dict of 'easy', 'hard'"),
+        (
+            {"chat_template_kwargs": {"a": 1}},
+            "chat_template_kwargs needs prompts that are messages, but those of train",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(make_trainer, tmp_path, change, message):
@@ -299,6 +308,24 @@ def test_an_adapter_that_singular_values_cannot_carry_is_refused(make_trainer):
     dora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(InputError, match=r"(?i)dora"):
         make_trainer(model=dora, adapter=None)
+
+
+def test_a_model_source_needs_no_settings(problems, warm_start, tmp_path):
+    base = shutil.copytree(BASE_MODEL, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    trainer = ESSATrainer(ModelSource(str(base), warm_start), "exact_match", train_dataset=problems[0])
+    assert trainer.args == ESSAConfig("base-ESSA")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("", "was not loaded from where"), ("./gone", "no tokenizer at './gone'")]
+)
+def test_a_model_without_its_tokenizer_is_named(make_trainer, place, message):
+    base, _ = load_base(str(BASE_MODEL))
+    base.config._name_or_path = place
+    with pytest.raises(InputError, match=f"processing_class must be given: .*{message}"):
+        make_trainer(model=base)
 
 
 def test_models_that_carry_their_adapter(reference, make_trainer, warm_start):
@@ -364,6 +391,21 @@ def test_messages_and_trls_rewards(make_trainer, problems, chat_tokenizer):
     assert prompt[0]["role"] == "user" and completion[0]["role"] == "assistant" and step == 0
 
 
+def test_arguments_of_the_chat_template(make_trainer, problems, chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ mark }}" + chat_tokenizer.chat_template
+    train, evaluation = (
+        [{"prompt": [{"role": "user", "content": row["prompt"][1:-1]}], "answer": row["answer"]} for row in rows]
+        for rows in problems
+    )
+    settings = {"train_dataset": train, "eval_dataset": evaluation, "processing_class": chat_tokenizer}
+    trainer = make_trainer(**settings, generations=1, chat_template_kwargs={"mark": "="})
+    assert trainer.train_prompts.texts == ["=" + row["prompt"] for row in problems[0]]
+    assert trainer.eval_prompts.texts == ["=" + row["prompt"] for row in problems[1]]
+    trainer.train()
+    with pytest.raises(InputError, match="settings chat_template_kwargs was {'mark': '='}, now None"):
+        make_trainer(**settings, generations=1).train(resume_from_checkpoint=True)
+
+
 class Recorder(TrainerCallback):
     def __init__(self):
         self.events = []
@@ -414,6 +456,61 @@ def test_the_best_mean_can_be_kept_instead_of_the_last(make_trainer):
     assert adapter_bytes(best) == adapter_bytes(two)
 
 
+def test_best_is_what_the_settings_say(make_trainer):
+    def shorter_and_shorter(completions, trainer_state, **kwargs):
+        return [1.0 - 0.1 * trainer_state.global_step] * len(completions)
+
+    settings = {"reward_funcs": shorter_and_shorter, "eval_steps": 1, "load_best_model_at_end": True}
+    least = make_trainer(**settings, metric_for_best_model="eval_reward", greater_is_better=False)
+    assert least.train()["eval_reward"] == pytest.approx(0.6)
+    assert least.state.best_global_step == 4
+    slow = make_trainer("slow", **settings, metric_for_best_model="seconds")
+    summary = slow.train()
+    assert slow.state.best_metric == max(evaluation["seconds"] for evaluation in slow.evaluations.values())
+    assert summary["eval_reward"] == slow.evaluations[slow.state.best_global_step]["reward"]
+
+
+def test_transformers_early_stopping(make_trainer):
+    def up_and_down(completions, trainer_state, **kwargs):
+        return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
+
+    settings = {"reward_funcs": up_and_down, "strategy": "cma", "eval_steps": 1}
+    two = make_trainer("two", generations=2, **settings)
+    two.train()
+    patient = EarlyStoppingCallback(early_stopping_patience=3)
+    trainer = make_trainer(generations=9, load_best_model_at_end=True, callbacks=[patient], **settings)
+    assert trainer.train()["generations"] == 5
+    assert adapter_bytes(trainer) == adapter_bytes(two)
+
+
+def test_callbacks_come_and_go(make_trainer):
+    trainer = make_trainer(generations=1)
+    trainer.add_callback(StopAfter(1))
+    trainer.add_callback(recorder := Recorder())
+    trainer.add_callback(EarlyStoppingCallback)
+    assert isinstance(trainer.pop_callback(EarlyStoppingCallback), EarlyStoppingCallback)
+    assert trainer.pop_callback(EarlyStoppingCallback) is None
+    trainer.remove_callback(StopAfter)
+    assert trainer.callbacks == [recorder]
+    trainer.train()
+    assert recorder.events
+    assert trainer.pop_callback(recorder) is recorder and not trainer.callbacks
+    with pytest.raises(InputError, match="callbacks must be transformers TrainerCallbacks, got builtin_function_or"):
+        trainer.add_callback(print)
+
+
+def test_any_dataset_can_be_evaluated_on(make_trainer, problems):
+    train, evaluation = problems
+    trainer = make_trainer(eval_dataset=None)
+    trainer.train()
+    whole, part = trainer.evaluate(train + evaluation), trainer.evaluate(train, metric_key_prefix="train")
+    rest = trainer.evaluate(evaluation)
+    assert whole["eval_samples"] == 70 and part["train_samples"] == 40
+    assert 70 * whole["eval_reward"] == pytest.approx(40 * part["train_reward"] + 30 * rest["eval_reward"])
+    with pytest.raises(InputError, match="eval_dataset row 0 has no `prompt`"):
+        trainer.evaluate([{"question": "1"}])
+
+
 def test_without_an_evaluation_set(make_trainer):
     trainer = make_trainer(eval_dataset=None)
     assert "eval_reward" not in trainer.train()
@@ -427,8 +524,22 @@ def test_a_missing_reporter_is_named(make_trainer, reporter):
 
     if importlib.util.find_spec(reporter):
         pytest.skip(f"{reporter} is installed")
-    with pytest.raises(InputError, match=f"pip install {reporter}"):
-        make_trainer(report_to=reporter)
+    for given in (reporter, [reporter]):
+        with pytest.raises(InputError, match=f"pip install {reporter}"):
+            make_trainer(report_to=given)
+
+
+def test_several_reporters(make_trainer, monkeypatch):
+    class Board(TrainerCallback):
+        pass
+
+    class Wandb(TrainerCallback):
+        pass
+
+    kinds = {"tensorboard": [Board], "wandb": [Wandb]}
+    monkeypatch.setattr("transformers.integrations.get_reporting_integration_callbacks", kinds.get)
+    trainer = make_trainer(report_to=["tensorboard", "wandb"], callbacks=[TrainerCallback])
+    assert [type(callback) for callback in trainer.callbacks] == [TrainerCallback, Board, Wandb]
 
 
 def test_run_json_says_what_the_run_was(make_trainer):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from essa.config import InputError
-from essa.models import bare, context_length, load_base, load_tokenizer
+from essa.models import bare, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
 from essa.trdpo.batches import Collator
 from essa.trdpo.config import TRDPOConfig
@@ -82,7 +82,7 @@ class TRDPOTrainer(Trainer):
             model, tokenizer = load_base(model, device="cpu")
             processing_class = processing_class or tokenizer
         if processing_class is None:
-            processing_class = load_tokenizer(bare(model).config._name_or_path)
+            processing_class = tokenizer_of(model)
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         check_attention(bare(model).config._attn_implementation, args.device)

@@ -289,6 +289,8 @@ def test_wrong_models(make, tokenizer, peft_model, tmp_path):
     with pytest.raises(InputError, match="carries an adapter already"):
         TRDPOTrainer(peft_model, args=TRDPOConfig(str(tmp_path)), train_dataset=make_pairs(4),
                      processing_class=tokenizer, peft_config=LoraConfig())  # fmt: skip
+    with pytest.raises(InputError, match="processing_class must be given"):
+        TRDPOTrainer(make_model(), train_dataset=make_pairs(4))
     model = make_model()
     with pytest.raises(InputError, match="ref_model must be another model"):
         make(model, ref_model=model)
