@@ -194,6 +194,14 @@ def refuse_existing(directory: Path, *run_files: str) -> None:
             )
 
 
+def check_resumed_folder(resumed: str | Path, output_dir: Path) -> None:
+    """Raise `InputError` unless a run goes on in its own folder."""
+    if Path(resumed).resolve() != output_dir.resolve():
+        raise InputError(
+            f"resume_from_checkpoint must be the run's own output_dir {str(output_dir)!r}, got {str(resumed)!r}"
+        )
+
+
 def make_folder(path: Path, argument: str = "output_dir") -> None:
     """Make a folder and its parents. Raises `InputError` if that cannot be."""
     try:

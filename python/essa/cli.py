@@ -52,13 +52,32 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
             raise typer.BadParameter(f"cannot read {path!r}: {error}") from error
         if not isinstance(settings, dict):
             raise typer.BadParameter(f"{path!r} must hold `option: value` lines, got {type(settings).__name__}")
-        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        known = [parameter.name for parameter in context.command.params if parameter.name != "config"]
-        for name in settings:
-            if name not in known:
-                raise typer.BadParameter(f"{path!r}: unknown option {name!r}{suggest(name, known)}")
-        _add_defaults(context, settings)
+        context.default_map = {**(context.default_map or {}), **_known(settings, context, path)}
     return path
+
+
+def _known(settings: dict[Any, Any], context: typer.Context, path: str) -> dict[str, Any]:
+    """A YAML file's settings as this command's options take them."""
+    options = {name.lstrip("-"): option for option in context.command.params for name in option.opts}
+    del options["config"]
+    known: dict[str, Any] = {}
+    for written, value in settings.items():
+        name = str(written).replace("-", "_")
+        if name not in options:
+            raise typer.BadParameter(f"{path!r}: unknown option {name!r}{suggest(name, options)}")
+        option: Any = options[name]
+        if option.name in known:
+            raise typer.BadParameter(f"{path!r}: option {option.name!r} is given twice")
+        if value is None:
+            continue
+        if option.multiple and not isinstance(value, list):
+            value = [value]
+        elif isinstance(value, list) and not option.multiple:
+            raise typer.BadParameter(f"{path!r}: option {name!r} takes one value, got {value!r}")
+        elif isinstance(value, dict):
+            value = json.dumps(value)
+        known[option.name] = value
+    return known
 
 
 def _read_run(context: typer.Context, directory: str | None) -> str | None:
@@ -70,7 +89,7 @@ def _read_run(context: typer.Context, directory: str | None) -> str | None:
             recorded = Run.read(directory).about.get("command", {})
         except InputError as error:
             raise typer.BadParameter(str(error)) from error
-        _add_defaults(context, {**recorded, "output_dir": directory})
+        _add_recorded(context, recorded, directory)
     return directory
 
 
@@ -84,13 +103,14 @@ def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
             recorded = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"no run to resume in {directory!r}: {error}") from error
-        _add_defaults(context, {**recorded, "output_dir": directory})
+        _add_recorded(context, recorded, directory)
     return directory
 
 
-def _add_defaults(context: typer.Context, settings: dict[str, Any]) -> None:
-    given = {name: value for name, value in settings.items() if value is not None}
-    context.default_map = {**(context.default_map or {}), **given}
+def _add_recorded(context: typer.Context, recorded: dict[str, Any], directory: str) -> None:
+    """A YAML file wins over what a run was started with, whichever is read first."""
+    given = {name: value for name, value in {**recorded, "output_dir": directory}.items() if value is not None}
+    context.default_map = {**given, **(context.default_map or {})}
 
 
 def _command(*settings: type) -> Callable[[Callable], Callable]:
@@ -308,7 +328,7 @@ def trdpo(
         adapter=adapter,
         dataset_name=dataset_name,
         data=data,
-        resume=resume_from_checkpoint is not None,
+        resume_from_checkpoint=resume_from_checkpoint,
         trust_remote_code=trust_remote_code,
         say=lambda line: typer.echo(line, err=line.startswith("step")),
     )

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 import essa_kernels
-from essa.checkpoint import RUN_FILE, Run, SaveError
+from essa.checkpoint import RUN_FILE, Run, SaveError, check_resumed_folder
 from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
@@ -281,10 +281,8 @@ class ESSATrainer:
         if not resume:
             started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             return Run.create(directory, self._identity(), {"started": started, **self._about()})
-        if not isinstance(resume, bool) and Path(resume).resolve() != directory.resolve():
-            raise InputError(
-                f"resume_from_checkpoint must be the run's own output_dir {str(directory)!r}, got {str(resume)!r}"
-            )
+        if not isinstance(resume, bool):
+            check_resumed_folder(resume, directory)
         return Run.resume(directory, self._identity(), self._about())
 
     def _identity(self) -> dict[str, Any]:

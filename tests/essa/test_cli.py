@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,25 @@ def test_align_and_eval(align, data, tmp_path, pictures):
     assert "exact_match" in result.stderr and f"{reported:,.4g}" in result.stderr
 
 
+def test_eval_renders_the_prompts_of_the_run(chat_tokenizer, data, tmp_path):
+    model = shutil.copytree(BASE_MODEL, tmp_path / "model")
+    chat_tokenizer.chat_template = (
+        "{% if mark is not defined %}{{ raise_exception('no mark') }}{% endif %}" + chat_tokenizer.chat_template
+    )
+    chat_tokenizer.save_pretrained(model)
+    row = {"prompt": [{"role": "user", "content": "26+01"}], "answer": "027"}
+    task.write_jsonl(tmp_path / "chat.jsonl", [row])
+    command = ["eval", "--model_name_or_path", model, "--dataset_name", tmp_path / "chat.jsonl"]
+    command += ["--reward", "exact_match", "--max_new_tokens", "4"]
+    for given, code, told in (
+        ([], 2, "no mark"),
+        (["--chat_template_kwargs", "mark"], 2, "chat_template_kwargs must be a JSON object, got 'mark'"),
+        (["--chat_template_kwargs", '{"mark": 1}'], 0, "exact_match"),
+    ):
+        result = essa(*command, *given)
+        assert result.exit_code == code and told in result.stderr, result.output
+
+
 def test_a_yaml_file_sets_options_and_the_command_line_wins(align, tmp_path):
     import yaml
 
@@ -120,9 +140,45 @@ def test_a_yaml_file_sets_options_and_the_command_line_wins(align, tmp_path):
     assert run.about["settings"]["generations"] == 2
 
 
+@pytest.mark.parametrize("config_first", [True, False])
+def test_the_order_of_options_does_not_matter(align, tmp_path, config_first):
+    assert essa(*align).exit_code == 0
+    (tmp_path / "run.yaml").write_text("generations: 4\nlogging_steps: 2\n")
+    options = [("--config", tmp_path / "run.yaml"), ("--resume_from_checkpoint", tmp_path / "run")]
+    result = essa("align", *(word for option in options[:: 1 if config_first else -1] for word in option))
+    assert result.exit_code == 0, result.output
+    assert "resumed after generation 3 of 4" in result.stderr
+    settings = Run.read(tmp_path / "run").about["settings"]
+    assert (settings["generations"], settings["logging_steps"]) == (4, 2)
+
+
+def test_a_run_resumed_from_a_yaml_file(align, tmp_path):
+    assert essa(*align).exit_code == 0
+    (tmp_path / "run.yaml").write_text(f"resume_from_checkpoint: {tmp_path / 'run'}\ngenerations: 4\n")
+    result = essa("align", "--config", tmp_path / "run.yaml")
+    assert result.exit_code == 0 and "resumed after generation 3 of 4" in result.stderr, result.output
+
+
+def test_a_yaml_file_may_hold_what_the_command_line_takes(align, tmp_path):
+    """One value of an option that may repeat, an alias, arguments of the chat template."""
+    settings = {"reward": "exact_match", "workers": 0, "reward_weights": 0.5, "eval_dataset_name": None}
+    (tmp_path / "run.yaml").write_text(json.dumps({**settings, "chat_template_kwargs": {"mark": "="}}))
+    options = without(without(align, "--reward"), "--eval_dataset_name")
+    refused = essa(*options, "--config", tmp_path / "run.yaml")
+    assert refused.exit_code == 2 and "chat_template_kwargs needs prompts that are messages" in refused.stderr
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    result = essa(*options, "--config", tmp_path / "run.yaml", "--generations", 1)
+    assert result.exit_code == 0, result.output
+    run = Run.read(tmp_path / "run")
+    assert run.identity["rewards"] == ["exact_match"] and run.identity["settings"]["reward_weights"] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("workers: 1\nnum_workers: 2", "option 'num_workers' is given twice"),
+        ("sigma: [1, 2]", "option 'sigma' takes one value, got [1, 2]"),
+        ("config: x", "unknown option 'config'"),
         ("sigmaa: 0.2", "unknown option 'sigmaa' - did you mean 'sigma'?"),
         ("- 1", "must hold `option: value` lines"),
         ("a: [", "cannot read"),

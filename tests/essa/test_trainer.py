@@ -402,7 +402,7 @@ def test_arguments_of_the_chat_template(make_trainer, problems, chat_tokenizer):
     assert trainer.train_prompts.texts == ["=" + row["prompt"] for row in problems[0]]
     assert trainer.eval_prompts.texts == ["=" + row["prompt"] for row in problems[1]]
     trainer.train()
-    with pytest.raises(InputError, match="settings chat_template_kwargs was {'mark': '='}, now None"):
+    with pytest.raises(InputError, match=r"settings chat_template_kwargs was \{'mark': '='\}, now None"):
         make_trainer(**settings, generations=1).train(resume_from_checkpoint=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from essa.checkpoint import COMMAND_FILE, make_folder, refuse_existing, write_atomically
+from essa.checkpoint import COMMAND_FILE, check_resumed_folder, make_folder, refuse_existing, write_atomically
 from essa.config import InputError
 from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base, lora_config
@@ -48,7 +48,7 @@ def run_trdpo(
     adapter: str | None,
     dataset_name: str,
     data: DataSettings,
-    resume: bool,
+    resume_from_checkpoint: str | None,
     trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> TRDPOTrainer:
@@ -57,7 +57,7 @@ def run_trdpo(
     Args:
         settings: the checked options.
         data: which rows of the data set to train and to evaluate on.
-        resume: continue from the last whole checkpoint in output_dir.
+        resume_from_checkpoint: output_dir again, to continue from the last whole checkpoint there.
         say: prints a line.
 
     Raises:
@@ -73,7 +73,8 @@ def run_trdpo(
         **dataclasses.asdict(settings),
     }
     checkpoint = None
-    if resume:
+    if resume_from_checkpoint is not None:
+        check_resumed_folder(resume_from_checkpoint, folder)
         checkpoint = _last_checkpoint(folder)
         _refuse_changes(folder, command)
     else:

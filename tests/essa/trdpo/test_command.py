@@ -109,6 +109,8 @@ def test_a_run_is_not_resumed_with_other_options(command, tmp_path):
     assert refused.exit_code == 2
     assert "lora_r was 4, now 2" in refused.stderr and "loss_type was 'sigmoid', now 'ipo'" in refused.stderr
     assert (tmp_path / "run/trdpo.json").read_bytes() == before
+    elsewhere = essa(*resume, "--output_dir", tmp_path / "elsewhere")
+    assert elsewhere.exit_code == 2 and "must be the run's own output_dir" in elsewhere.stderr
     longer = essa(*resume, "--max_steps", "8")
     assert longer.exit_code == 0 and "step 8/8" in longer.output
 
