@@ -268,6 +268,8 @@ class Prompts:
             raise InputError(f"chat_template_kwargs needs prompts that are messages, but those of {name} are text")
         else:
             texts = [row["prompt"] for row in rows]
+        for number, text in enumerate(texts):
+            check_encodable(text, f"{name} row {number}")
         if room is not None:
             _check_lengths(texts, processing_class, name, room)
         columns = [column for column in rows[0] if column not in NOT_REWARD_COLUMNS]
@@ -276,6 +278,14 @@ class Prompts:
             if missing:
                 raise InputError(f"{name} row {number} lacks the column {missing[0]!r} that row 0 has")
         return cls(name, rows, texts, conversational, columns)
+
+
+def check_encodable(text: str, where: str) -> None:
+    """Raise `InputError` for text that is no Unicode, as JSON's "\\ud800" makes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half a surrogate pair, {text[error.start]!r}, is no character") from error
 
 
 def _check_row(row: Any, number: int, name: str) -> None:

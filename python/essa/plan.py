@@ -301,7 +301,14 @@ def plan(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"model_name_or_path {name!r} cannot be read: {error}{offline_note()}") from error
-    shape = Shape.of(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"model_name_or_path {name!r} must be a decoder-only language model, got {config.model_type}")
+    try:
+        shape = Shape.of(config)
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"model_name_or_path {name!r} must be a causal language model, got {config.model_type}: {error}"
+        ) from error
     job = Job(members, prompts, prompt_tokens, new_tokens, dtype, quantization)
     if memory is None and gpu == "measure":
         from essa.row_budget import free_memory_of

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.checkpoint import make_folder, write_folder
 from essa.config import InputError, SFTConfig
-from essa.data import Prompts
+from essa.data import Prompts, check_encodable
 from essa.models import context_length, lora_config
 
 IGNORED = -100
@@ -81,6 +81,8 @@ class _Example:
 def _examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> list[_Example]:
     prompts = Prompts.check(dataset, tokenizer, name="dataset", room=None)
     completions = [_completion_text(row, number, prompts, tokenizer) for number, row in enumerate(prompts.rows)]
+    for number, text in enumerate(completions):
+        check_encodable(text, f"dataset row {number}")
     end = [] if prompts.conversational or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt_ids = tokenizer(prompts.texts).input_ids
     completion_ids = tokenizer(completions, add_special_tokens=False).input_ids

@@ -112,6 +112,7 @@ def test_the_chat_templates_own_bos_is_not_doubled(chat_tokenizer):
         ([ROWS[0], {"prompt": [{"role": "user", "content": "x"}]}], "row 1: prompts must be all text or all messages"),
         ([ROWS[0], {"prompt": "?1+1="}], "row 1 lacks the column 'answer'"),
         (["?1+1="], "row 0 must be an object"),
+        ([ROWS[0], {**ROWS[0], "prompt": "?\ud800="}], r"row 1: half a surrogate pair, '\\ud800', is no character"),
     ],
 )
 def test_wrong_rows_are_named(tokenizer, rows, message):

@@ -46,6 +46,19 @@ JOB = Job(members=96, prompts=64, prompt_tokens=256, new_tokens=256)
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("t5", "must be a decoder-only language model, got t5"),
+        ("vit", "must be a causal language model, got vit"),
+    ],
+)
+def test_a_model_of_another_kind_is_named(tmp_path, kind, message):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path)])
+    assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
     ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16")]
 )
 def test_weights_take_what_the_loaded_model_takes(quantization, dtype):

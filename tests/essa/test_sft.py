@@ -77,6 +77,7 @@ def test_messages(tmp_path, chat_tokenizer):
         ([], {}, "dataset is empty"),
         ([{"prompt": "?1+1="}], {}, "row 0: `completion` must be text, got None"),
         ([{"prompt": "?1+1=", "completion": 2}], {}, "row 0: `completion` must be text, got 2"),
+        ([{"prompt": "?1+1=", "completion": "\udfff"}], {}, "row 0: half a surrogate pair"),
         ([{"prompt": "?1+1=", "completion": "1" * 99}], {}, "row 0: prompt and completion have 105 tokens"),
         (ROWS, {"lora_target_modules": "no_such"}, "lora_target_modules 'no_such'"),
         (ROWS, {"learning_rate": 1e36}, r"learning_rate 1e\+36 is too high"),

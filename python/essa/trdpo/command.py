@@ -15,18 +15,10 @@ from essa.config import InputError
 from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base, lora_config
 from essa.trdpo.config import TRDPOConfig
-from essa.trdpo.settings import CommandSettings
+from essa.trdpo.settings import NEW_ADAPTER, CommandSettings
 from essa.trdpo.trainer import TRDPOTrainer, check_attention
 
-NOT_TRAINING_ARGUMENTS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "dtype",
-    "quantization",
-    "attn_implementation",
-    "device",
-)
+NOT_TRAINING_ARGUMENTS = (*NEW_ADAPTER, "dtype", "quantization", "attn_implementation", "device")
 
 MAY_CHANGE = (
     "output_dir",
@@ -63,6 +55,7 @@ def run_trdpo(
     Raises:
         InputError: an option or a row cannot be used.
     """
+    settings = _with_lora_defaults(settings, adapter)
     folder = Path(settings.output_dir)
     command = {
         "model_name_or_path": absolute(model_name_or_path),
@@ -79,8 +72,6 @@ def run_trdpo(
         _refuse_changes(folder, command)
     else:
         refuse_existing(folder, COMMAND_FILE)
-    if adapter is not None and settings.lora_r == 0:
-        raise InputError("adapter must not be given with lora_r 0, which trains the whole model")
     args = _training_arguments(settings, evaluate=data.evaluates)
     check_attention(settings.attn_implementation, args.device)
     train, evaluation = data.read(dataset_name, settings.seed)
@@ -99,7 +90,7 @@ def run_trdpo(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif settings.lora_r:
-        new_adapter = lora_config(settings.lora_r, settings.lora_alpha, settings.lora_target_modules)
+        new_adapter = lora_config(*(getattr(settings, name) for name in NEW_ADAPTER))
     trainer = TRDPOTrainer(
         model,
         args=args,
@@ -124,7 +115,7 @@ def run_trdpo(
                 f"Stopped after step {step}, before the first checkpoint (save_steps {settings.save_steps}): start it anew"
             )
         raise
-    kind = "adapter" if settings.lora_r else "model"
+    kind = "model" if settings.lora_r == 0 else "adapter"
     trainer.save_model(str(folder / kind))
     if evaluation is not None:
         metrics = trainer.evaluate()
@@ -133,6 +124,18 @@ def run_trdpo(
     if settings.report:
         say(f"report:  {folder / 'report.html'}")
     return trainer
+
+
+def _with_lora_defaults(settings: CommandSettings, adapter: str | None) -> CommandSettings:
+    """The options of a new adapter in full, if there is to be one; otherwise none of them may be given."""
+    given = {name: value for name in NEW_ADAPTER if (value := getattr(settings, name)) is not None}
+    if adapter is None and settings.lora_r != 0:
+        return dataclasses.replace(settings, **{**NEW_ADAPTER, **given})
+    instead = "adapter" if adapter is not None else "lora_r 0, which trains the whole model"
+    for name, value in given.items():
+        if adapter is not None or name != "lora_r":
+            raise InputError(f"{name} is of a new adapter and must not be given with {instead}, got {value!r}")
+    return settings
 
 
 def _training_arguments(settings: CommandSettings, *, evaluate: bool) -> TRDPOConfig:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from essa.config import InputError
+from essa.data import check_encodable
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,11 @@ def _check_scores(rows: list[Any], name: str) -> None:
 
 
 def _tokenise(rows: list[_Row], conversational: bool, tokenizer: Any, name: str) -> Iterator[Example]:
-    texts = [text for row in rows for text in _texts(row, tokenizer, name)]
+    texts: list[str] = []
+    for row in rows:
+        for text in _texts(row, tokenizer, name):
+            check_encodable(text, f"{name} row {row.number}")
+            texts.append(text)
     # The chat template has written the special tokens already.
     encoded = iter(tokenizer(texts, add_special_tokens=not conversational)["input_ids"])
     for row in rows:

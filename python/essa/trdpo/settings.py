@@ -8,6 +8,8 @@ from essa.config import REPORTERS, Checks, InputError, setting
 
 LOSS_TYPES = ("sigmoid", "ipo", "kto")
 REF_UPDATES = ("soft", "hard", "none")
+NEW_ADAPTER = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
+"""Options of a new adapter, and their defaults."""
 
 
 @dataclass
@@ -83,10 +85,11 @@ class CommandSettings(MethodSettings):
     """The options of `essa trdpo`: the method's, the adapter's, and the training arguments one reaches for most."""
 
     output_dir: str = setting("trdpo-output", "Folder of the run: adapter or model, checkpoints, report.")
-    lora_r: int = setting(16, "Rank of the new LoRA adapter. 0: full fine-tuning.")
-    lora_alpha: int = setting(32, "LoRA scaling: the adapter counts lora_alpha / lora_r.")
-    lora_target_modules: str = setting(
-        "all-linear", "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head."
+    lora_r: int | None = setting(None, "Rank of the new LoRA adapter. 0: full fine-tuning. Default: 16.")
+    lora_alpha: int | None = setting(None, "LoRA scaling: the adapter counts lora_alpha / lora_r. Default: 32.")
+    lora_target_modules: str | None = setting(
+        None,
+        "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head, the default.",
     )
     dtype: str = setting("auto", "auto (as saved), float32, bfloat16 or float16.")
     quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8 or none.")
@@ -118,15 +121,20 @@ class CommandSettings(MethodSettings):
         """Raise `InputError` for an option that cannot be used."""
         super().check()
         self._check_path("output_dir")
-        self._check_int("lora_r", 0)
-        for name in ("lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name, least in (("lora_r", 0), ("lora_alpha", 1)):
+            if getattr(self, name) is not None:
+                self._check_int(name, least)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             self._check_int(name, 1)
-        if not isinstance(self.lora_target_modules, str) or not self.lora_target_modules:
+        if self.lora_target_modules is not None and not self.lora_target_modules:
             raise InputError(f"lora_target_modules must be text, got {self.lora_target_modules!r}")
         self._check_choice("device", ("auto", "cpu"))
         self._check_choice("report_to", REPORTERS)
         self._check_float("learning_rate", above=0.0)
-        self._check_float("num_train_epochs", above=0.0)
+        for name in ("num_train_epochs", "logging_steps"):
+            self._check_float(name, above=0.0)
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay"):
+            self._check_float(name, at_least=0.0)
         if self.max_steps != -1:
             self._check_int("max_steps", 1)
         self._check_int("per_device_eval_batch_size", 1)

@@ -74,6 +74,8 @@ class TRDPOTrainer(Trainer):
         args = args or TRDPOConfig(output_dir="trdpo-output")
         if train_dataset is None:
             raise InputError("train_dataset is required")
+        if not isinstance(ref_model, nn.Module | None):
+            raise InputError(f"ref_model must be a model, loaded by its user, got {ref_model!r}")
         if ref_model is not None and ref_model is model:
             raise InputError("ref_model must be another model than the policy; leave it out to start from the policy")
         # The adapter's first weights are random.

@@ -18,7 +18,7 @@ from .conftest import make_judged, make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "2", "--learning_rate", "1e-3"]
-SMALL += ["--ref_model_sync_steps", "2", "--lora_r", "4", "--device", "cpu", "--save_steps", "3", "--max_length", "32"]
+SMALL += ["--ref_model_sync_steps", "2", "--device", "cpu", "--save_steps", "3", "--max_length", "32"]
 
 
 def essa(*arguments):
@@ -82,6 +82,13 @@ def test_from_a_given_adapter(command, warm_start, tmp_path):
         (["--precompute_ref_log_probs"], "precompute_ref_log_probs must be false where the reference moves"),
         (["--loss_type", "kto", "--dataset_name", "missing.jsonl"], "'missing.jsonl': no such file"),
         (["--lora_target_modules", "nowhere"], "peft_config does not fit this model"),
+        (
+            ["--adapter", "./any", "--lora_r", "16"],
+            "lora_r is of a new adapter and must not be given with adapter, got 16",
+        ),
+        (["--lora_r", "0", "--lora_alpha", "8"], "lora_alpha is of a new adapter and must not be given with lora_r 0"),
+        (["--logging_steps", "nan"], "logging_steps must be a finite number above 0, got nan"),
+        (["--warmup_steps", "nan"], "warmup_steps must be a finite number of at least 0, got nan"),
         (["--adapter", "./missing"], "adapter './missing' is not a folder"),
         (["--lr_scheduler_type", "steep"], "steep"),
         (["--attn_implementation", "flex_attention"], "attn_implementation 'flex_attention' needs a GPU"),
@@ -101,13 +108,19 @@ def test_bad_input_is_one_message_and_exit_code_two(command, tmp_path, options, 
     assert not (tmp_path / "run/trdpo.json").exists()
 
 
+def test_half_a_surrogate_pair_is_named(command, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "?1", "chosen": "2", "rejected": "3\\ud800"}\n')
+    result = essa(*command)
+    assert result.exit_code == 2 and "row 0: half a surrogate pair, '\\ud800', is no character" in result.stderr
+
+
 def test_a_run_is_not_resumed_with_other_options(command, tmp_path):
     assert essa(*command).exit_code == 0
     before = (tmp_path / "run/trdpo.json").read_bytes()
     resume = ["trdpo", "--resume_from_checkpoint", tmp_path / "run"]
     refused = essa(*resume, "--lora_r", "2", "--loss_type", "ipo")
     assert refused.exit_code == 2
-    assert "lora_r was 4, now 2" in refused.stderr and "loss_type was 'sigmoid', now 'ipo'" in refused.stderr
+    assert "lora_r was 16, now 2" in refused.stderr and "loss_type was 'sigmoid', now 'ipo'" in refused.stderr
     assert (tmp_path / "run/trdpo.json").read_bytes() == before
     elsewhere = essa(*resume, "--output_dir", tmp_path / "elsewhere")
     assert elsewhere.exit_code == 2 and "must be the run's own output_dir" in elsewhere.stderr

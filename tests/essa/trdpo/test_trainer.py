@@ -294,6 +294,8 @@ def test_wrong_models(make, tokenizer, peft_model, tmp_path):
     model = make_model()
     with pytest.raises(InputError, match="ref_model must be another model"):
         make(model, ref_model=model)
+    with pytest.raises(InputError, match="ref_model must be a model, loaded by its user, got 'some/model'"):
+        make(model, ref_model="some/model")
     with pytest.raises(InputError, match="train_dataset is required"):
         TRDPOTrainer(model)
     with pytest.raises(InputError, match="at least 2 with loss_type kto"):
