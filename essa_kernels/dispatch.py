@@ -15,6 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
+
+LEAST_TRITON = "3.4"
+LEAST_TRITON_TO_INTERPRET = "3.9"  # older interpreters round twice in a fused multiply-add
 
 # op -> (file in every backend's package, function in it)
 OPS = {
@@ -140,6 +144,12 @@ def _triton_unavailable(device_type: str) -> str | None:
         return f"it takes cuda tensors, and cpu tensors under TRITON_INTERPRET=1, not {device_type} tensors"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    least = LEAST_TRITON_TO_INTERPRET if interprets else LEAST_TRITON
+    if TorchVersion(version) < least:
+        return (
+            f"triton {version} is installed, {least} or newer is needed{' to interpret kernels' if interprets else ''}"
+        )
     return None
 
 

@@ -22,6 +22,7 @@ from .noise import (
     LANES,
     RADEMACHER_COLUMNS,
     RADEMACHER_TAG,
+    as_tensor,
     gaussian_blocks,
     key_words,
     rademacher_words,
@@ -107,7 +108,7 @@ def update_gaussian_kernel(
     for pair in range(pairs):
         weight = tl.load(weights + pair)
         if weight != 0.0:
-            z0, z1, z2, z3 = gaussian_blocks(block, k0, k1, site + 2 * index, tl.to_tensor(pair), generation, 0)
+            z0, z1, z2, z3 = gaussian_blocks(block, k0, k1, site + 2 * index, as_tensor(pair), generation, 0)
             total0 = tl.fma(weight, z0, total0)
             total1 = tl.fma(weight, z1, total1)
             total2 = tl.fma(weight, z2, total2)
@@ -144,7 +145,7 @@ def update_rademacher_kernel(
     for pair in range(pairs):
         weight = tl.load(weights + pair)
         if weight != 0.0:
-            words = rademacher_words(tile[:, None], k0, k1, site + 2 * index, tl.to_tensor(pair), generation)
+            words = rademacher_words(tile[:, None], k0, k1, site + 2 * index, as_tensor(pair), generation)
             total += _signed(weight, words, bit)
     _store(start, element, left, _load(start, element, left) + total)
 

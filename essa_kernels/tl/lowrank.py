@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..noise import GAUSSIAN_TILE, RADEMACHER_TILE
 from .config import config, on_device
-from .noise import GAUSSIAN_COLUMNS, GAUSSIAN_TAG, LANES, RADEMACHER_TAG, draw_groups, in_order, key_words
+from .noise import GAUSSIAN_COLUMNS, GAUSSIAN_TAG, LANES, RADEMACHER_TAG, as_tensor, draw_groups, in_order, key_words
 from .perturbed import add_perturbed, noise_of
 from .perturbed_linear import perturbed_linear
 from .storage import rounded
@@ -70,7 +70,7 @@ def update_kernel(
                     k0,
                     k1,
                     site,
-                    tl.to_tensor(pair),
+                    as_tensor(pair),
                     generation,
                     RADEMACHER,
                     SIDE,

@@ -109,6 +109,12 @@ def box_muller(x0, x1):
 
 
 @triton.jit
+def as_tensor(number):
+    """The number of a loop's step as a 32-bit tensor, which in Triton's interpreter it is not."""
+    return tl.zeros((), tl.int32) + number
+
+
+@triton.jit
 def gaussian_blocks(block, k0, k1, site, pair, generation, sign):
     """Four normals per block (uint32), those of words 0 to 3, with the member's sign."""
     w0, w1, w2, w3 = philox(block, site, pair, generation, k0, k1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,23 +9,36 @@ from pathlib import Path
 
 import pytest
 
+from essa_kernels import dispatch
+
 ROOT = Path(__file__).parents[2]
 
 
-def run_interpreted(seed: int, *arguments: str) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "ESSA_TEST_SEED": str(seed)}
+def run_interpreted(monkeypatch: pytest.MonkeyPatch, seed: int, *arguments: str) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if reason := dispatch.unavailable("triton", "cpu"):
+        pytest.skip(reason)
+    environment = os.environ | {"ESSA_TEST_SEED": str(seed)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-def test_triton_kernels_in_the_interpreter(seed):
-    run_interpreted(seed, "tests/gpu/interpreted.py")
+def test_triton_kernels_in_the_interpreter(monkeypatch, seed):
+    run_interpreted(monkeypatch, seed, "tests/gpu/interpreted.py")
 
 
 @pytest.mark.slow
-def test_the_tests_of_the_ops_in_the_interpreter(seed):
-    run_interpreted(seed, "tests/ops", "-k", "triton")
+def test_the_tests_of_the_ops_in_the_interpreter(monkeypatch, seed):
+    run_interpreted(monkeypatch, seed, "tests/ops", "-k", "triton")
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert dispatch.unavailable("triton", "cuda") == "triton 3.3.1 is installed, 3.4 or newer is needed"
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    needed = "3.9 or newer is needed to interpret kernels"
+    assert dispatch.unavailable("triton", "cpu") == f"triton 3.8.0 is installed, {needed}"
