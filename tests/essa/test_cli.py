@@ -14,17 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
+import typer.main
 from essa.checkpoint import HISTORY_FILE, Run
 from essa.cli import app
 from essa.demo import task
 from essa.demo.warm_start import BASE_MODEL
 from typer.testing import CliRunner
 
+COMMANDS = typer.main.get_command(app).commands
 SMALL = ["--max_new_tokens", "4", "--population_size", "16", "--prompts_per_generation", "4"]
 
 
 def essa(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """What a command says, and its exit code; an exception that it does not turn into those is the test's."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -190,7 +193,6 @@ def test_a_wrong_yaml_file_is_named(align, tmp_path, content, message):
     result = essa(*align, "--config", tmp_path / "run.yaml")
     assert result.exit_code == 2
     assert message in result.stderr
-    assert "Traceback" not in result.output
     assert essa(*align, "--config", tmp_path / "missing.yaml").exit_code == 2
 
 
@@ -300,7 +302,6 @@ def test_bad_input_is_one_message_and_exit_code_two(align, tmp_path, option, val
     result = essa(*arguments, *([] if value is None else [option, value]))
     assert result.exit_code == 2
     assert message in result.stderr
-    assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -351,11 +352,23 @@ def test_info():
     assert "svd_lora" in result.stdout and '"noise_version": 1' in result.stdout
 
 
-@pytest.mark.parametrize("command", ["align", "sft", "eval", "trdpo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command):
     result = essa(command, "--help")
     assert result.exit_code == 0
-    assert "--model_name_or_path" in result.output and "--config" in result.output
+    shown = "".join(result.output.split())
+    for option in COMMANDS[command].params:
+        for name in (*option.opts, *option.secondary_opts):
+            assert re.search(rf"{name}\b", result.output), name
+        assert len(option.help or "") > 5, option.name
+        assert "".join(option.help.split()) in shown, option.name
+
+
+def test_there_is_help_for_every_command():
+    assert {"align", "trdpo", "sft", "eval", "demo", "plan", "info"} == COMMANDS.keys()
+    result = essa("--help")
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^ *{name} +\w", result.output, re.MULTILINE) and command.help
 
 
 def test_help_imports_nothing_heavy():

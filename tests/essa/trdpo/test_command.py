@@ -22,7 +22,7 @@ SMALL += ["--ref_model_sync_steps", "2", "--device", "cpu", "--save_steps", "3",
 
 
 def essa(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_from_a_given_adapter(command, warm_start, tmp_path):
 def test_bad_input_is_one_message_and_exit_code_two(command, tmp_path, options, message):
     result = essa(*command, *options)
     assert result.exit_code == 2, result.output
-    assert message in result.stderr and "Traceback" not in result.output
+    assert message in result.stderr
     assert not (tmp_path / "run/trdpo.json").exists()
 
 
