@@ -24,7 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -286,10 +286,11 @@ class Workers:
         """There are workers inside.
 
         Raises:
-            InputError: there is no Ray, or no such cluster.
+            InputError: there is no Ray, no such cluster, or no worker has room in it.
         """
         disconnect = connect(self._recipe.args)
         try:
+            self._check_room()
             self._workers = [self._new_worker() for _ in range(self._recipe.args.num_workers)]
             yield
         finally:
@@ -298,15 +299,37 @@ class Workers:
             self._workers, self._running = [], {}
             disconnect()
 
+    def _takes(self) -> dict[str, float]:
+        """What a worker takes, by Ray's names."""
+        import ray
+
+        gpus = self._recipe.args.gpus_per_worker
+        if gpus is None:
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        return {"CPU": self._recipe.args.threads_per_worker, "GPU": gpus}
+
+    def _check_room(self) -> None:
+        """Ray itself would let workers wait for ever, without a word."""
+        import ray
+
+        takes, wanted = self._takes(), self._recipe.args.num_workers
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(int(min(node.get(name, 0) / n for name, n in takes.items() if n)) for node in nodes)
+        if room >= wanted:
+            return
+        worker = (
+            f"a worker takes {takes['CPU']:g} CPUs (threads_per_worker) and {takes['GPU']:g} GPUs (gpus_per_worker)"
+        )
+        if room == 0:
+            largest = ", ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in takes)
+            raise InputError(f"{worker}, but no node of Ray's has that; the most of a node are {largest}")
+        logger.warning("%s: there is room for %d of num_workers %d, the others wait for more", worker, room, wanted)
+
     def _new_worker(self) -> Worker:
         import ray
 
-        args = self._recipe.args
-        gpus = args.gpus_per_worker
-        if gpus is None:
-            gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        replica: Any = ray.remote(Replica)
-        actor = replica.options(num_cpus=args.threads_per_worker, num_gpus=gpus).remote(self._recipe)
+        takes, replica = self._takes(), cast(Any, ray.remote(Replica))
+        actor = replica.options(num_cpus=takes["CPU"], num_gpus=takes["GPU"]).remote(self._recipe)
         return Worker(actor, actor.start.remote())
 
     def _map(self, method: str, jobs: list[range], asked: dict[str, Any]) -> dict[range, dict[str, Any]]:

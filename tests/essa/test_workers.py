@@ -194,6 +194,32 @@ def test_bad_worker_settings_are_named(make_trainer, warm_start):
             make_trainer(**settings)
 
 
+def test_workers_without_room_are_named(cluster, make_trainer):
+    trainer = make_trainer(num_workers=2, gpus_per_worker=0.5)
+    message = (
+        r"a worker takes 1 CPUs \(threads_per_worker\) and 0.5 GPUs \(gpus_per_worker\), but no node of Ray's has that"
+    )
+    with pytest.raises(InputError, match=f"{message}; the most of a node are 2 CPUs, 0 GPUs"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_gpus_are_shared_as_asked(own_ray, make_trainer, caplog):
+    """A Ray that is told of a GPU, which only it believes in: half of it for each worker, and no room for a third."""
+    import ray
+
+    alone = make_trainer("alone", **SMALL)
+    alone.train()
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
+    try:
+        shared = make_trainer(**SMALL, num_workers=3, gpus_per_worker=0.5)
+        shared.train()
+    finally:
+        ray.shutdown()
+    assert "there is room for 2 of num_workers 3, the others wait for more" in caplog.text
+    assert adapter(shared) == adapter(alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["cma", "es-per-completion", "zo-grpo"])
 def test_the_number_of_workers_does_not_show_in_the_result(own_ray, make_trainer, strategy):
