@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import config, on_device, outlives_graphs
 from .storage import rounded
-from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32
+from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32, rank_block
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _project(x: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> Tensor:
     """The rows times their adapters' factors, in the order: float32 [splits, rows, most_ranks], to be summed over splits."""
     rows, d = x.shape
     shape = config(x, "project")
-    ranks = _rank_block(factor, "project", batch.most_ranks)
+    ranks = rank_block(factor, "project", batch.most_ranks)
     inner = shape["block_inner_bytes"] // factor.element_size()
     blocks = triton.cdiv(rows, shape["block_rows"]), triton.cdiv(batch.most_ranks, ranks), triton.cdiv(d, inner)
     splits = min(shape["programs"] // (blocks[0] * blocks[1]), blocks[2] // LEAST_SPLIT_BLOCKS)
@@ -317,7 +317,7 @@ def _expand(y: Tensor, partial: Tensor, factor: Tensor, batch: Batch, *, wide: b
     rows, d = y.shape
     shape = config(y, "expand")
     columns = shape["block_columns_bytes"] // factor.element_size()
-    ranks = _rank_block(factor, "expand", batch.most_ranks)
+    ranks = rank_block(factor, "expand", batch.most_ranks)
     with on_device(y):
         expand_rows_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d, columns))](
             y,
@@ -349,7 +349,7 @@ def _gradient(gradients: Sequence[Tensor], x: Tensor, partial: Tensor, batch: Ba
     rows, d = x.shape
     shape = config(x, "expand")
     columns = shape["block_columns_bytes"] // x.element_size()
-    ranks = _rank_block(x, "expand", batch.most_ranks)
+    ranks = rank_block(x, "expand", batch.most_ranks)
     joined = gradients[0] if len(gradients) == 1 else gradients[0].new_empty(sum(g.numel() for g in gradients))
     numbers = torch.arange(batch.adapters + 1, device=x.device)
     bounds = torch.searchsorted(batch.owners, numbers)
@@ -378,9 +378,3 @@ def _gradient(gradients: Sequence[Tensor], x: Tensor, partial: Tensor, batch: Ba
     if len(gradients) > 1:
         own = joined.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(list(gradients), [g.view_as(d) for g, d in zip(own, gradients, strict=True)])
-
-
-def _rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
-    """How many ranks a program holds at once."""
-    padded = max(triton.next_power_of_2(rank), LEAST_RANKS.value)
-    return min(padded, config(tensor, kernel)["ranks_bytes"] // tensor.element_size())

@@ -16,14 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config, on_device
-from .storage import rounded
+from .storage import INTERPRETED, rounded
 
 LEAST_RANKS = tl.constexpr(16)  # the shortest inner dimension of a matrix product
 ALIGNED = 16  # elements: what Triton asks for to load several at once
 SEARCH_WIDTH = 64
 LEAST_SPLIT_BLOCKS = 2  # blocks of d_in that make a split worth its partial sums
 BEYOND_ANY_ROW = tl.constexpr(2**62)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -382,7 +381,7 @@ def svd_lora_(
     fused = config(x, "fused")
     if rows >= fused["min_rows"] and max(r_a, r_b) <= fused["max_ranks_bytes"] // x.element_size():
         _fused(y, x, v_a, core, u_b, s_a, s_b, offsets)
-    elif rows <= config(x, "mix_expand")["max_rows"] and r_b <= _rank_block(x, "expand", r_b):
+    elif rows <= config(x, "mix_expand")["max_rows"] and r_b <= rank_block(x, "expand", r_b):
         _mix_expand(y, _project(x, v_a), core, u_b, s_a, s_b, offsets)
     else:
         h = x.new_empty(rows, r_b, dtype=torch.float32)
@@ -395,7 +394,7 @@ def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor
     partial = _project(x, v_a)
     (splits, rows, r_a), r_b, members = partial.shape, h.shape[1], s_a.shape[0]
     shape = config(x, "mix")
-    ranks = _rank_block(h, "mix", r_b)
+    ranks = rank_block(h, "mix", r_b)
     with on_device(x):
         mix_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(r_b, ranks))](
             h,
@@ -438,7 +437,7 @@ def svd_lora_expand_(y: Tensor, h: Tensor, u_b: Tensor) -> None:
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
             COLUMNS=columns,
-            RANK_B=_rank_block(y, "expand", r_b),
+            RANK_B=rank_block(y, "expand", r_b),
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
         )
@@ -496,7 +495,7 @@ def svd_lora_linear(
             INNER=shape["block_inner_bytes"] // x.element_size(),
             COLUMNS=columns,
             RANK_A=_padded(r_a),
-            RANK_B=_padded(r_b) if shrinks else _rank_block(x, "expand", r_b),
+            RANK_B=_padded(r_b) if shrinks else rank_block(x, "expand", r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
@@ -513,7 +512,7 @@ def _project(x: Tensor, v_a: Tensor) -> Tensor:
     """x v_a^T as float32 [splits, rows, r_a], to be summed over splits: few row blocks share d_in among programs."""
     (rows, d_in), r_a = x.shape, v_a.shape[0]
     shape = config(x, "project")
-    ranks, inner = _rank_block(x, "project", r_a), shape["block_inner_bytes"] // x.element_size()
+    ranks, inner = rank_block(x, "project", r_a), shape["block_inner_bytes"] // x.element_size()
     row_blocks, rank_blocks, inner_blocks = (
         triton.cdiv(rows, shape["block_rows"]),
         triton.cdiv(r_a, ranks),
@@ -569,7 +568,7 @@ def _mix_expand(
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
             COLUMNS=columns,
-            RANK_B=_rank_block(y, "expand", r_b),
+            RANK_B=rank_block(y, "expand", r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,
@@ -617,7 +616,7 @@ def _padded(rank: int) -> int:
     return max(triton.next_power_of_2(rank), LEAST_RANKS.value)
 
 
-def _rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
+def rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
     """How many ranks a program of ``kernel`` holds at once: float32 products, which run outside the matrix unit, hold
     their whole inner dimension in registers."""
     return min(_padded(rank), config(tensor, kernel)["ranks_bytes"] // tensor.element_size())
