@@ -619,7 +619,8 @@ def _padded(rank: int) -> int:
 def rank_block(tensor: Tensor, kernel: str, rank: int) -> int:
     """How many ranks a program of ``kernel`` holds at once: float32 products, which run outside the matrix unit, hold
     their whole inner dimension in registers."""
-    return min(_padded(rank), config(tensor, kernel)["ranks_bytes"] // tensor.element_size())
+    most = config(tensor, kernel)["ranks_bytes"] // tensor.element_size()
+    return min(_padded(rank), max(most, LEAST_RANKS.value))
 
 
 def top_stride(members: int) -> int:
