@@ -193,7 +193,7 @@ def gradient_kernel(
         h = scaled_ranks(partial, scale, position, inside, rank, rows, splits, most_ranks)
         x_mask = inside[:, None] & (column < d)[None, :]
         block = tl.load(x + row[:, None] * x_stride + column[None, :], mask=x_mask, other=0.0)
-        sums = dot_of_float32(tl.trans(h), block, sums)
+        sums = dot_of_float32(tl.trans(h), block, sums, gradient.dtype.element_ty == tl.float32)
     place = places_of(gradient, start, ranks, rank[:, None], column[None, :], d, WIDE)
     tl.store(place, rounded(sums, gradient.dtype.element_ty), mask=(rank < ranks)[:, None] & (column < d)[None, :])
 

@@ -106,15 +106,15 @@ def mix(partial, core, s_a, s_b, row, member, rank_b, rows, splits, R_A: tl.cons
 
 
 @triton.jit
-def dot_of_float32(a, b, sums):
-    """sums + a b. a stays float32 in effect: where b is shorter, a goes through the matrix unit as a leading and a
-    trailing part."""
-    if b.dtype == tl.bfloat16:
-        leading = a.to(tl.bfloat16)
-        trailing = (a - leading.to(tl.float32)).to(tl.bfloat16)
+def dot_of_float32(a, b, sums, FOR_FLOAT32: tl.constexpr = False):
+    """sums + a b. Where b is shorter than float32, a goes through the matrix unit as a leading and a trailing part: 16 of
+    its bits are as good as float32 where b's dtype is the result's too, 22 where the result is float32."""
+    if b.dtype == tl.bfloat16 and not FOR_FLOAT32:
+        leading = rounded(a, tl.bfloat16)
+        trailing = rounded(a - leading.to(tl.float32), tl.bfloat16)
         return dot(leading, b, dot(trailing, b, sums))
-    elif b.dtype == tl.float16:
-        # a may exceed float16's range, while float16 fits into tf32 exactly.
+    elif b.dtype != tl.float32:
+        # a may exceed float16's range, while bfloat16 and float16 fit into tf32 exactly.
         b = b.to(tl.float32)
         leading = (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
         sums = tl.dot(a - leading, b, sums, input_precision="tf32")
