@@ -144,7 +144,10 @@ def _triton_unavailable(device_type: str) -> str | None:
         return f"it takes cuda tensors, and cpu tensors under TRITON_INTERPRET=1, not {device_type} tensors"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    version = importlib.import_module("triton").__version__
+    try:
+        version = importlib.import_module("triton").__version__
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        return f"triton does not load: {error}"
     least = LEAST_TRITON_TO_INTERPRET if interprets else LEAST_TRITON
     if TorchVersion(version) < least:
         return (

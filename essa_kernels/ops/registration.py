@@ -254,9 +254,13 @@ def check_real(op: str, name: str, value: float) -> float:
     """Raise unless it is a number that float32 holds."""
     if not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not -MAX_FLOAT32 <= number <= MAX_FLOAT32:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_size(op: str, name: str, value: int) -> int:

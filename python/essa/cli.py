@@ -75,7 +75,10 @@ def _known(settings: dict[Any, Any], context: typer.Context, path: str) -> dict[
         elif isinstance(value, list) and not option.multiple:
             raise typer.BadParameter(f"{path!r}: option {name!r} takes one value, got {value!r}")
         elif isinstance(value, dict):
-            value = json.dumps(value)
+            try:
+                value = json.dumps(value)
+            except TypeError as error:
+                raise typer.BadParameter(f"{path!r}: option {name!r} takes what JSON can say, got {value!r}") from error
         known[option.name] = value
     return known
 

@@ -365,14 +365,14 @@ class SFTConfig(_Settings):
 
 
 def read_chat_template_kwargs(value: Any) -> dict[str, Any] | None:
-    """Further arguments of a chat template, which may be given as JSON. Raises `InputError` if they are no object."""
+    """Further arguments of a chat template, which may be given as JSON. Raises `InputError` if JSON has no such object."""
     try:
-        read = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
+        read = json.loads(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError) as error:
         raise InputError(f"chat_template_kwargs must be a JSON object, got {value!r}: {error}") from error
     if read is not None and not isinstance(read, dict):
         raise InputError(f"chat_template_kwargs must be an object of names and values, got {value!r}")
-    return read
+    return read or None
 
 
 def _is_finite(value: object) -> bool:

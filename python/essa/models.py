@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from essa.config import DTYPES, InputError
 from essa.hub import offline_note, reach_hub
-from essa.quantization import check_quantised, check_quantization, plain_parts, quantization_config
+from essa.quantization import check_quantised, check_quantization, quantization_config
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PROBED = 256
@@ -119,6 +119,9 @@ def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    # transformers makes an empty one for many a folder that has none.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("its tokenizer knows special tokens alone; are the tokenizer's files missing?")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -253,7 +256,17 @@ def adapter_name(model: Any) -> str:
 def context_length(model: Any) -> int | None:
     """The most positions the model can attend to, or None where its configuration sets no limit."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    trained = getattr(config, "max_position_embeddings", None) or 0
+    if trained < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1
+    if kind in ("linear", "dynamic"):
+        return int(factor * trained)
+    # Some give the length before YaRN, some that with it.
+    return (
+        max(trained, int(factor * rope.get("original_max_position_embeddings", trained))) if kind == "yarn" else trained
+    )
 
 
 def fingerprint(model: Any) -> dict[str, str]:
@@ -262,28 +275,27 @@ def fingerprint(model: Any) -> dict[str, str]:
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(volatile, None)
     described = json.dumps(config, sort_keys=True, default=str).encode()
-    return {"base_config": hashlib.sha256(described).hexdigest(), **weight_digests(model)}
+    weights = weight_digests(model) if has_lora(model) else {"weights": _digest(_parameters(model), _as_float32)}
+    return {"base_config": hashlib.sha256(described).hexdigest(), **weights}
 
 
 def weight_digests(model: Any) -> dict[str, str]:
-    """Digests of the adapter's weights and of a probe of those beneath it or, where there is no adapter, of all weights."""
-    parameters = {name: parameter.detach() for name, parameter in bare(model).named_parameters()}
-    if not has_lora(model):
-        return {"weights": _digest(parameters, _as_float32)}
-    adapter = get_peft_model_state_dict(model, adapter_name=adapter_name(model))
+    """Cheap digests: of a probe of the weights but for quantised ones, which every kind of device packs in its own way;
+    and of an adapter's weights."""
     base = {
-        f"{name} {number}": part
-        for name, parameter in parameters.items()
-        if "lora_" not in name
-        for number, part in enumerate(plain_parts(parameter))
-        # Integers are packed as suits the device; their scales change with them.
-        if part.is_floating_point() and not part.is_meta
+        name: tensor
+        for name, tensor in _parameters(model).items()
+        if "lora_" not in name and type(tensor) is torch.Tensor and tensor.is_floating_point() and not tensor.is_meta
     }
-    return {"adapter": _digest(adapter, _as_float32), "base_weights": _digest(base, probe)}
+    digests = {"base_weights": _digest(base, probe)}
+    if has_lora(model):
+        adapter = get_peft_model_state_dict(model, adapter_name=adapter_name(model))
+        digests["adapter"] = _digest(adapter, _as_float32)
+    return digests
 
 
-def is_quantised(model: Any) -> bool:
-    return getattr(model.config, "quantization_config", None) is not None
+def _parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in bare(model).named_parameters()}
 
 
 def probe(tensor: torch.Tensor) -> bytes:

@@ -80,14 +80,14 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes that parameters and buffers occupy, tied ones once, the parts of quantised ones included."""
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        for part in plain_parts(tensor):
+        for part in _parts(tensor):
             seen[part.data_ptr()] = part.untyped_storage().nbytes()
     return sum(seen.values())
 
 
-def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors of a tensor subclass, or the tensor itself."""
     data = tensor.data
     if not hasattr(data, "__tensor_flatten__"):
         return [data]
-    return [part for name in data.__tensor_flatten__()[0] for part in plain_parts(getattr(data, name))]
+    return [part for name in data.__tensor_flatten__()[0] for part in _parts(getattr(data, name))]

@@ -28,7 +28,7 @@ from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts
-from essa.models import ModelSource, fingerprint, has_lora, tokenizer_of, with_adapter
+from essa.models import ModelSource, fingerprint, has_lora, tokenizer_of, weight_digests, with_adapter
 from essa.progress import Progress, stderr_console
 from essa.rewards import Reward, RewardError, Rewards
 from essa.row_budget import choose_row_budget
@@ -70,7 +70,7 @@ class ESSATrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         adapter: str | None = None,
     ) -> None:
-        if not isinstance(model, (str, ModelSource, torch.nn.Module)):
+        if not isinstance(model, (str, ModelSource)) and not hasattr(model, "config"):
             raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
         if args is None:
             args = ESSAConfig(output_dir=f"{Path(_model_name(model)).name or type(model).__name__}-ESSA")
@@ -122,7 +122,7 @@ class ESSATrainer:
                     self.train_prompts,
                     self.eval_prompts,
                     reward_funcs,
-                    self._fingerprint,
+                    weight_digests(self.model),
                 ),
                 self.search,
             )
@@ -270,6 +270,8 @@ class ESSATrainer:
             save_steps=self.args.save_steps,
         )
         self.control = TrainerControl()
+        for callback in self._stoppers():
+            callback.early_stopping_patience_counter = 0
         self.samples, self.tokens, self.seconds, self.bytes_per_worker = 0, 0, 0.0, 0
         self.evaluations: dict[int, dict[str, float]] = {}
         self._best: Any = None
@@ -308,6 +310,7 @@ class ESSATrainer:
         for record in run.records:
             step = self.state.global_step
             if "evaluation" in record:
+                self._emit_to(self._stoppers(), "on_evaluate", metrics=_metrics_of(record["evaluation"]))
                 self._remember_evaluation(record)
                 continue
             if record["generation"] != step or record["prompts"] != self._sampler.indices(step):
@@ -447,7 +450,7 @@ class ESSATrainer:
         evaluation = self._evaluator.measure(self.state)
         record = {"step": self.state.global_step, "samples": self.samples, "evaluation": evaluation}
         run.append(record)
-        metrics = {f"eval_{name}": value for name, value in evaluation.items()}
+        metrics = _metrics_of(evaluation)
         progress.evaluated(metrics)
         self._log(metrics)
         # Callbacks compare it with the best before it.
@@ -485,8 +488,15 @@ class ESSATrainer:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self._emit("on_log", logs=logs)
 
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        """Callbacks whose patience is part of the search: what they saw before a run was killed, they see again."""
+        return [callback for callback in self.callbacks if isinstance(callback, EarlyStoppingCallback)]
+
     def _emit(self, event: str, **arguments: Any) -> None:
-        for callback in self.callbacks:
+        self._emit_to(self.callbacks, event, **arguments)
+
+    def _emit_to(self, callbacks: Sequence[TrainerCallback], event: str, **arguments: Any) -> None:
+        for callback in callbacks:
             handler: Callable = getattr(callback, event)
             result = handler(
                 self.args,
@@ -498,6 +508,10 @@ class ESSATrainer:
             )
             if result is not None:
                 self.control = result
+
+
+def _metrics_of(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluation.items()}
 
 
 def _source(model: Any, adapter: str | None, args: ESSAConfig) -> ModelSource | None:

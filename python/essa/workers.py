@@ -35,7 +35,7 @@ from essa.chunks import Chunk, Task, evaluate_chunk, score_chunk
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts
 from essa.evaluate import complete_and_rate
-from essa.models import ModelSource, has_lora, is_quantised, weight_digests
+from essa.models import ModelSource, weight_digests
 from essa.rewards import Answer, Reward, Rewards
 from essa.rollout import batches
 from essa.search import Search, of_weights
@@ -59,7 +59,7 @@ class Recipe:
     """What a worker is made of.
 
     Attributes:
-        fingerprint: that of the driver's model.
+        weights: digests of the driver's.
     """
 
     source: ModelSource
@@ -68,7 +68,7 @@ class Recipe:
     prompts: Prompts
     eval_prompts: Prompts | None
     reward_funcs: str | Reward | Sequence[str | Reward]
-    fingerprint: dict[str, str]
+    weights: dict[str, str]
 
 
 class Replica:
@@ -102,14 +102,10 @@ class Replica:
         )
 
     def _check_weights(self, model: Any) -> None:
-        """Candidates, which are compared later, tell of the weights only where those are what is searched."""
-        if not has_lora(model):
-            return
-        digests, source = weight_digests(model), self._recipe.source
-        if is_quantised(model):
-            del digests["base_weights"]  # other devices lay them out otherwise
-        for part, digest in digests.items():
-            if digest != self._recipe.fingerprint[part]:
+        """Candidates, which are compared later, tell only of the weights that are searched."""
+        source = self._recipe.source
+        for part, digest in weight_digests(model).items():
+            if digest != self._recipe.weights[part]:
                 name = source.adapter if part == "adapter" else source.name
                 raise InputError(
                     f"{name!r} has other weights for a worker than for the driver; do all machines have the same files?"
@@ -309,7 +305,7 @@ class Workers:
         return {"CPU": self._recipe.args.threads_per_worker, "GPU": gpus}
 
     def _check_room(self) -> None:
-        """Ray itself would let workers wait for ever, without a word."""
+        """Ray itself would let workers wait for ever, without a word. Nodes may join a cluster, but not this machine."""
         import ray
 
         takes, wanted = self._takes(), self._recipe.args.num_workers
@@ -320,7 +316,7 @@ class Workers:
         worker = (
             f"a worker takes {takes['CPU']:g} CPUs (threads_per_worker) and {takes['GPU']:g} GPUs (gpus_per_worker)"
         )
-        if room == 0:
+        if room == 0 and self._recipe.args.ray_address is None:
             largest = ", ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}s" for name in takes)
             raise InputError(f"{worker}, but no node of Ray's has that; the most of a node are {largest}")
         logger.warning("%s: there is room for %d of num_workers %d, the others wait for more", worker, room, wanted)

@@ -182,6 +182,10 @@ def test_a_yaml_file_may_hold_what_the_command_line_takes(align, tmp_path):
         ("workers: 1\nnum_workers: 2", "option 'num_workers' is given twice"),
         ("sigma: [1, 2]", "option 'sigma' takes one value, got [1, 2]"),
         ("config: x", "unknown option 'config'"),
+        (
+            "chat_template_kwargs: {date_string: 2026-01-01}",
+            "takes what JSON can say, got {'date_string': datetime.date",
+        ),
         ("sigmaa: 0.2", "unknown option 'sigmaa' - did you mean 'sigma'?"),
         ("- 1", "must hold `option: value` lines"),
         ("a: [", "cannot read"),

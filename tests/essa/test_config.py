@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 
 import pytest
@@ -63,6 +64,7 @@ def test_every_field_explains_itself(kind):
         ("greater_is_better", "yes"),
         ("chat_template_kwargs", "{enable_thinking"),
         ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", {"date_string": datetime.date(2026, 1, 1)}),
         ("dtype", "float64"),
         ("progress", "yes"),
     ],

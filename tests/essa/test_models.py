@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import PROBED, context_length, fingerprint, load_adapter, load_base, pick_device, probe
+from essa.models import PROBED, context_length, fingerprint, load_adapter, load_base, pick_device, probe, tokenizer_of
 from essa.rollout import generate
 from essa.scoring import log_probabilities
+from transformers import AutoModelForCausalLM
 
 from essa_kernels.nn import SVDLoRA
 
@@ -103,6 +105,31 @@ def test_devices_and_context(base):
     with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
         pick_device("gpu")
     assert context_length(base) == base.config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 16),
+        ({"rope_type": "linear", "factor": 4.0}, 64),
+        ({"rope_type": "dynamic", "factor": 2.0}, 32),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}, 16),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 2}, 16),
+    ],
+)
+def test_scaled_rotations_reach_further(rope, expected):
+    config = SimpleNamespace(max_position_embeddings=16, rope_parameters=rope)
+    assert context_length(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) == expected
+
+
+def test_an_empty_tokenizer_is_refused(base, tmp_path):
+    base.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"there is no tokenizer at .*: its tokenizer knows special tokens alone"):
+        tokenizer_of(model)
+    with pytest.raises(InputError, match="cannot be loaded: its tokenizer knows special tokens alone"):
+        load_base(str(tmp_path))
 
 
 def test_the_head_is_given_its_input_in_one_piece(warm_start):

@@ -27,7 +27,7 @@ def stand_ins(tmp_path, monkeypatch, warm_start):
         "my-warm-start": warm_start,
         'reward_funcs="math"': 'reward_funcs="exact_match"',
         "generations=100": "generations=2, max_new_tokens=4, progress=False",
-        "learning_rate=1e-5": "max_length=32, max_steps=1, per_device_train_batch_size=2, report_to='none'",
+        "learning_rate=1e-5": "max_steps=1, per_device_train_batch_size=2, report_to='none'",
     }
 
 

@@ -483,6 +483,18 @@ def test_transformers_early_stopping(make_trainer):
     assert adapter_bytes(trainer) == adapter_bytes(two)
 
 
+def test_early_stopping_is_as_patient_in_a_resumed_run(make_trainer):
+    def falling(completions, trainer_state, **kwargs):
+        return [-float(trainer_state.global_step)] * len(completions)
+
+    settings = {"reward_funcs": falling, "strategy": "cma", "eval_steps": 1, "generations": 9}
+    killed = make_trainer(callbacks=[EarlyStoppingCallback(4), StopAfter(3)], **settings)
+    killed.train()
+    for _ in range(2):
+        resumed = make_trainer(callbacks=[EarlyStoppingCallback(4)], **settings)
+        assert resumed.train(resume_from_checkpoint=True)["generations"] == 4
+
+
 def test_callbacks_come_and_go(make_trainer):
     trainer = make_trainer(generations=1)
     trainer.add_callback(StopAfter(1))

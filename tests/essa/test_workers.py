@@ -15,7 +15,7 @@ import torch
 from essa.checkpoint import Run
 from essa.config import ESSAConfig, InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import ModelSource
+from essa.models import ModelSource, weight_digests
 from essa.rewards import RewardError
 from essa.workers import LOOPBACK, Recipe, Replica, WorkerError, connect, pack, unpack
 from transformers import TrainerCallback
@@ -139,23 +139,24 @@ def sockets() -> list[str]:
     return [name for name in found if name.startswith("socket:")]
 
 
-def recipe(trainer, warm_start, base=BASE_MODEL) -> Recipe:
+def recipe(trainer, warm_start, base=BASE_MODEL, weights=None) -> Recipe:
     source = ModelSource(str(base), warm_start)
     prompts = trainer.train_prompts, trainer.eval_prompts
-    return Recipe(source, trainer.args, None, *prompts, "exact_match", trainer._fingerprint)
+    return Recipe(source, trainer.args, None, *prompts, "exact_match", weights or weight_digests(trainer.model))
 
 
 def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer, warm_start):
     trainer = make_trainer(**SMALL, generations=3)
+    weights = weight_digests(trainer.model)
     trainer.train()
     history = [record for record in Run.read(trainer.args.output_dir).records if "rewards" in record]
-    replica = Replica(recipe(trainer, warm_start))
+    replica = Replica(recipe(trainer, warm_start, weights=weights))
     replica.start()
     last = history[2]
     asked = {"generation": 2, "prompts": last["prompts"], "epoch": 0.2, "rows": [5, 10], "history": history[:2]}
     reply = unpack(replica.evaluate(pack({**asked, "candidates": last["candidates"]})))
     assert reply["rewards"] == [row[0] for row in last["rewards"][5:10]]
-    late = Replica(recipe(trainer, warm_start))
+    late = Replica(recipe(trainer, warm_start, weights=weights))
     late.start()
     question = {**asked, "rewards": last["rewards"], "scores": last["scores"][:1]}
     reply = unpack(late.score(pack(question)))
@@ -174,6 +175,9 @@ def test_a_worker_with_other_weights_is_refused(make_trainer, warm_start, retrai
     for adapter, named in ((warm_start, base), (str(other), other)):
         with pytest.raises(InputError, match=f"{named}' has other weights for a worker than for the driver"):
             Replica(recipe(trainer, adapter, base if adapter is warm_start else BASE_MODEL)).start()
+    noisy = make_trainer("noisy", parametrization="lowrank", adapter=None)
+    with pytest.raises(InputError, match=f"{base}' has other weights for a worker than for the driver"):
+        Replica(recipe(noisy, None, base)).start()
 
 
 def test_workers_without_work_are_named(make_trainer, caplog):

@@ -42,3 +42,13 @@ def test_an_old_triton_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     needed = "3.9 or newer is needed to interpret kernels"
     assert dispatch.unavailable("triton", "cpu") == f"triton 3.8.0 is installed, {needed}"
+
+
+def test_a_triton_that_does_not_load_is_named(monkeypatch):
+    pytest.importorskip("triton")
+
+    def broken(name: str) -> None:
+        raise RuntimeError("no libtriton")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    assert dispatch.unavailable("triton", "cuda") == "triton does not load: no libtriton"

@@ -304,6 +304,8 @@ BAD_PERTURBATIONS = [
     ({"member": 0.5}, TypeError, "member must be an integer, got 0.5"),
     ({"sigma": float("nan")}, ValueError, "sigma must be finite in float32, got nan"),
     ({"sigma": 1e39}, ValueError, r"sigma must be finite in float32, got 1e\+39"),
+    ({"sigma": np.float16("inf")}, ValueError, "sigma must be finite in float32, got .*inf"),
+    ({"sigma": 10**400}, ValueError, "sigma must be finite in float32, got 1000"),
     ({"sigma": "small"}, TypeError, "sigma must be a number, got 'small'"),
 ]
 BAD_WEIGHTS = [

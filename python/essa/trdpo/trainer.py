@@ -78,6 +78,8 @@ class TRDPOTrainer(Trainer):
             raise InputError(f"ref_model must be a model, loaded by its user, got {ref_model!r}")
         if ref_model is not None and ref_model is model:
             raise InputError("ref_model must be another model than the policy; leave it out to start from the policy")
+        if not isinstance(model, str) and not hasattr(model, "config"):
+            raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
         # The adapter's first weights are random.
         set_seed(args.seed)
         if isinstance(model, str):
@@ -89,10 +91,6 @@ class TRDPOTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         check_attention(bare(model).config._attn_implementation, args.device)
         self._context = context_length(model)
-        if self._context and args.max_length and args.max_length > self._context:
-            raise InputError(
-                f"max_length must be at most the model's context of {self._context}, got {args.max_length}"
-            )
         model = _with_adapter(model, peft_config)
         check_trainable(model)
         _disable_dropout(model)

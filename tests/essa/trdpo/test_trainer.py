@@ -298,19 +298,22 @@ def test_wrong_models(make, tokenizer, peft_model, tmp_path):
         make(model, ref_model="some/model")
     with pytest.raises(InputError, match="train_dataset is required"):
         TRDPOTrainer(model)
+    with pytest.raises(InputError, match="model must be a name, a PeftModel or a transformers model, got Linear"):
+        make(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="at least 2 with loss_type kto"):
         make(rows=make_judged(8), loss_type="kto", per_device_train_batch_size=1)
 
 
 def test_rows_must_fit_into_the_models_context(make, tokenizer):
     model = make_model(max_position_embeddings=12)
-    with pytest.raises(InputError, match="max_length must be at most the model's context of 12, got 1024"):
-        make(model)
     rows = [{"prompt": "?1+1=", "chosen": "2", "rejected": rejected} for rejected in ("33", "12345678")]
     preferences = read_preferences(rows, tokenizer, name="pairs", kto=False, max_length=None)
     for given, name in ((rows, "train_dataset"), (preferences, "pairs")):
-        with pytest.raises(InputError, match=f"{name} row 1 has 14 tokens, more than the model's context of 12; set"):
-            make(model, given, max_length=None)
+        for most in (None, 1024):
+            with pytest.raises(
+                InputError, match=f"{name} row 1 has 14 tokens, more than the model's context of 12; set"
+            ):
+                make(model, given, max_length=most)
     trainer = make(model, rows, max_length=12, max_steps=1)
     trainer.train()
     with pytest.raises(InputError, match="eval_dataset row 1 has 14 tokens"):
