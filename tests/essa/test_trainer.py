@@ -521,6 +521,8 @@ def test_any_dataset_can_be_evaluated_on(make_trainer, problems):
     assert 70 * whole["eval_reward"] == pytest.approx(40 * part["train_reward"] + 30 * rest["eval_reward"])
     with pytest.raises(InputError, match="eval_dataset row 0 has no `prompt`"):
         trainer.evaluate([{"question": "1"}])
+    with pytest.raises(InputError, match="needs an eval_dataset"):  # none of them is kept
+        trainer.evaluate()
 
 
 def test_without_an_evaluation_set(make_trainer):
