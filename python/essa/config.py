@@ -298,6 +298,8 @@ class ESSAConfig(_Settings):
         self._check_int("eval_steps", 0)
         self._check_int("save_steps", 0)
         self._check_int("logging_steps", 1)
+        if self.report_to in (None, ["none"]):
+            self.report_to = "none"
         if not isinstance(self.report_to, list):
             self._check_choice("report_to", REPORTERS)
         elif not set(map(str, self.report_to)) <= set(REPORTERS[1:]):

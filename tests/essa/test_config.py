@@ -76,6 +76,11 @@ def test_a_wrong_value_is_named(name, value):
     assert repr(value) in str(caught.value)
 
 
+@pytest.mark.parametrize("nothing", [None, ["none"], "none"])
+def test_nothing_to_report_to(nothing):
+    assert ESSAConfig("run", report_to=nothing).report_to == "none"
+
+
 def test_arguments_of_the_chat_template_may_be_json():
     config = ESSAConfig("run", chat_template_kwargs='{"enable_thinking": false}')
     assert config.chat_template_kwargs == {"enable_thinking": False}
