@@ -43,6 +43,10 @@ OFFSET_MODES = ("absolute", "relative")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
 REPORTERS = ("none", "tensorboard", "wandb")
+CHAT_TEMPLATE_KWARGS = (
+    "Further arguments of the chat template, which renders prompts that are messages, as a JSON object: "
+    "'{\"enable_thinking\": false}'."
+)
 EVALUATED = ("reward", "tokens", "seconds")
 """What an evaluation measures."""
 
@@ -164,13 +168,7 @@ class ESSAConfig(_Settings):
     noise_rank: int = setting(1, "Rank of lowrank's noise.", fixed=True)
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", fixed=True)
     chat_template_kwargs: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Further arguments of the chat template, which renders prompts that are messages, as a JSON object: "
-            "'{\"enable_thinking\": false}'.",
-            "fixed": True,
-            "option": str,
-        },
+        default=None, metadata={"help": CHAT_TEMPLATE_KWARGS, "fixed": True, "option": str}
     )
     temperature: float | None = setting(
         None,
@@ -355,9 +353,13 @@ class SFTConfig(_Settings):
     max_steps: int = setting(200, "Batches to train on.")
     batch_size: int = setting(16, "Rows per batch.")
     seed: int = setting(0, "Seed of the adapter's initial weights and of the order of rows.")
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": CHAT_TEMPLATE_KWARGS, "fixed": False, "option": str}
+    )
 
     def __post_init__(self) -> None:
         self._check_path("output_dir")
+        self.chat_template_kwargs = read_chat_template_kwargs(self.chat_template_kwargs)
         for name in ("lora_r", "lora_alpha", "max_steps", "batch_size"):
             self._check_int(name, 1)
         if not isinstance(self.lora_target_modules, str) or not self.lora_target_modules:

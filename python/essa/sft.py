@@ -42,7 +42,7 @@ def sft(
     folder = Path(args.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output_dir {args.output_dir!r} is there already and not empty; choose another")
-    examples = _examples(model, processing_class, dataset)
+    examples = _examples(model, processing_class, dataset, args.chat_template_kwargs or {})
     torch.manual_seed(args.seed)
     lora = lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
     try:
@@ -78,9 +78,13 @@ class _Example:
     completion_ids: list[int]
 
 
-def _examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> list[_Example]:
-    prompts = Prompts.check(dataset, tokenizer, name="dataset", room=None)
-    completions = [_completion_text(row, number, prompts, tokenizer) for number, row in enumerate(prompts.rows)]
+def _examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Any, template: dict[str, Any]
+) -> list[_Example]:
+    prompts = Prompts.check(dataset, tokenizer, name="dataset", room=None, chat_template_kwargs=template)
+    completions = [
+        _completion_text(row, number, prompts, tokenizer, template) for number, row in enumerate(prompts.rows)
+    ]
     for number, text in enumerate(completions):
         check_encodable(text, f"dataset row {number}")
     end = [] if prompts.conversational or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -98,10 +102,12 @@ def _examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datase
     return examples
 
 
-def _completion_text(row: dict[str, Any], number: int, prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str:
+def _completion_text(
+    row: dict[str, Any], number: int, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]
+) -> str:
     completion = row.get("completion")
     if prompts.conversational and isinstance(completion, list) and completion:
-        whole = str(tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False))
+        whole = str(tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False, **template))
         _, found, text = whole.partition(prompts.texts[number])
         if not found:
             raise InputError(f"dataset row {number}: the chat template changes the prompt once a completion follows it")

@@ -60,10 +60,10 @@ def test_messages(tmp_path, chat_tokenizer):
     rows = [
         {"prompt": [{"role": "user", "content": "01+01="}], "completion": [{"role": "assistant", "content": "111"}]}
     ]
-    chat_tokenizer.chat_template = "{% for m in messages %}{{ '?' if m.role == 'user' }}{{ m.content }}{% endfor %}"
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ mark if m.role == 'user' }}{{ m.content }}{% endfor %}"
     model, _ = load_base(str(BASE_MODEL))
     losses = []
-    args = SFTConfig(str(tmp_path / "adapter"), max_steps=1, batch_size=1)
+    args = SFTConfig(str(tmp_path / "adapter"), max_steps=1, batch_size=1, chat_template_kwargs={"mark": "?"})
     sft(model, chat_tokenizer, rows, args, log=lambda step, loss: losses.append(loss))
     ids = torch.tensor([chat_tokenizer("?01+01=111").input_ids])
     model, _ = load_base(str(BASE_MODEL))
@@ -75,6 +75,7 @@ def test_messages(tmp_path, chat_tokenizer):
     ("rows", "settings", "message"),
     [
         ([], {}, "dataset is empty"),
+        (ROWS, {"chat_template_kwargs": {"mark": "?"}}, "needs prompts that are messages"),
         ([{"prompt": "?1+1="}], {}, "row 0: `completion` must be text, got None"),
         ([{"prompt": "?1+1=", "completion": 2}], {}, "row 0: `completion` must be text, got 2"),
         ([{"prompt": "?1+1=", "completion": "\udfff"}], {}, "row 0: half a surrogate pair"),
