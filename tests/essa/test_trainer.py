@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -562,4 +563,4 @@ def test_run_json_says_what_the_run_was(make_trainer):
     content = json.loads(Path(trainer.args.output_dir, RUN_FILE).read_text())
     assert content["identity"]["settings"]["strategy"] == trainer.search.strategy.name
     assert content["identity"]["noise_version"] == 1
-    assert content["about"]["environment"]["packages"]["torch"] == torch.__version__
+    assert content["about"]["environment"]["packages"]["torch"] == importlib.metadata.version("torch")
