@@ -244,7 +244,8 @@ class Prompts:
             processing_class: the tokenizer.
             name: the argument's name, for messages.
             room: the most tokens a prompt may have, or None where the model sets no limit.
-            chat_template_kwargs: further arguments of the chat template.
+            chat_template_kwargs: further arguments of the chat template, where a row has none of its own in columns
+                `tools` and `chat_template_kwargs`.
 
         Raises:
             InputError: naming the argument and the first row that is wrong.
@@ -278,6 +279,12 @@ class Prompts:
             if missing:
                 raise InputError(f"{name} row {number} lacks the column {missing[0]!r} that row 0 has")
         return cls(name, rows, texts, conversational, columns)
+
+
+def template_of(row: dict[str, Any], template: dict[str, Any]) -> dict[str, Any]:
+    """A row's arguments of the chat template: its own, by TRL's column names, before those of all rows."""
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return {**tools, **template, **(row.get("chat_template_kwargs") or {})}
 
 
 def check_encodable(text: str, where: str) -> None:
@@ -322,7 +329,7 @@ def _apply_chat_template(
                 tokenize=False,
                 add_generation_prompt=not to_continue,
                 continue_final_message=to_continue,
-                **template,
+                **template_of(row, template),
             )
         except Exception as error:
             raise InputError(f"{name} row {number}: the chat template refused the messages: {error}") from error

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.checkpoint import make_folder, write_folder
 from essa.config import InputError, SFTConfig
-from essa.data import Prompts, check_encodable
+from essa.data import Prompts, check_encodable, template_of
 from essa.models import context_length, lora_config
 
 IGNORED = -100
@@ -107,7 +107,8 @@ def _completion_text(
 ) -> str:
     completion = row.get("completion")
     if prompts.conversational and isinstance(completion, list) and completion:
-        whole = str(tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False, **template))
+        arguments = template_of(row, template)
+        whole = str(tokenizer.apply_chat_template(row["prompt"] + completion, tokenize=False, **arguments))
         _, found, text = whole.partition(prompts.texts[number])
         if not found:
             raise InputError(f"dataset row {number}: the chat template changes the prompt once a completion follows it")

@@ -63,7 +63,8 @@ def test_messages(tmp_path, chat_tokenizer):
     chat_tokenizer.chat_template = "{% for m in messages %}{{ mark if m.role == 'user' }}{{ m.content }}{% endfor %}"
     model, _ = load_base(str(BASE_MODEL))
     losses = []
-    args = SFTConfig(str(tmp_path / "adapter"), max_steps=1, batch_size=1, chat_template_kwargs={"mark": "?"})
+    args = SFTConfig(str(tmp_path / "adapter"), max_steps=1, batch_size=1, chat_template_kwargs={"mark": "="})
+    rows[0]["chat_template_kwargs"] = {"mark": "?"}
     sft(model, chat_tokenizer, rows, args, log=lambda step, loss: losses.append(loss))
     ids = torch.tensor([chat_tokenizer("?01+01=111").input_ids])
     model, _ = load_base(str(BASE_MODEL))

@@ -403,6 +403,11 @@ def test_arguments_of_the_chat_template(make_trainer, problems, chat_tokenizer):
     assert trainer.train_prompts.texts == ["=" + row["prompt"] for row in problems[0]]
     assert trainer.eval_prompts.texts == ["=" + row["prompt"] for row in problems[1]]
     trainer.train()
+    own = [{**row, "chat_template_kwargs": {"mark": "<"} if i == 3 else None} for i, row in enumerate(train)]
+    texts = make_trainer(
+        "own", **settings | {"train_dataset": own}, chat_template_kwargs={"mark": "="}
+    ).train_prompts.texts
+    assert [text[0] for text in texts] == ["=", "=", "=", "<", *"=" * (len(train) - 4)]
     with pytest.raises(InputError, match=r"settings chat_template_kwargs was \{'mark': '='\}, now None"):
         make_trainer(**settings, generations=1).train(resume_from_checkpoint=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from essa.config import InputError
-from essa.data import check_encodable
+from essa.data import check_encodable, template_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +139,7 @@ def _plain_rows(row: Any, number: int, name: str, kto: bool) -> list[_Row]:
         raise InputError(f"{name} row {number} must be an object, got {type(row).__name__}")
     where = f"{name} row {number}"
     row = _from_tldr(row, where) if row.keys() >= set(TLDR) else row
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
-    template = {**tools, **(row.get("chat_template_kwargs") or {})}
+    template = template_of(row, {})
     if row.keys() >= set(PAIR):
         prompt, chosen, rejected = _explicit(row, where)
         _check_row(prompt, {"chosen": chosen, "rejected": rejected}, where)
