@@ -21,7 +21,7 @@ from .config import config, on_device
 from .noise import GAUSSIAN_COLUMNS, LANES, draw_groups, in_order
 from .perturbed import UNSPECIALIZED, shrunk, tiles_of
 from .storage import rounded
-from .svd_lora import LEAST_RANKS, SEARCH_WIDTH, dot, misaligned, owners, project, top_stride
+from .svd_lora import LEAST_RANKS, SEARCH_WIDTH, dot, leading, misaligned, owners, project, top_stride
 
 SPLITS_AT_ONCE = tl.constexpr(4)
 NO_PAIR = tl.constexpr(-(2**31))
@@ -46,12 +46,6 @@ def number_pairs(pair, ROWS: tl.constexpr):
     index = tl.arange(0, ROWS)
     first = tl.min(tl.where(pair[:, None] == pair[None, :], index[None, :], ROWS), 1)
     return tl.gather(tl.cumsum((first == index).to(tl.int32), 0) - 1, first, 0)
-
-
-@triton.jit
-def leading(a):
-    """The part of float32 values that tf32 holds exactly."""
-    return (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -106,19 +106,24 @@ def mix(partial, core, s_a, s_b, row, member, rank_b, rows, splits, R_A: tl.cons
 
 
 @triton.jit
+def leading(a):
+    """The part of float32 values that tf32 holds exactly."""
+    return (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_of_float32(a, b, sums, FOR_FLOAT32: tl.constexpr = False):
     """sums + a b. Where b is shorter than float32, a goes through the matrix unit as a leading and a trailing part: 16 of
     its bits are as good as float32 where b's dtype is the result's too, 22 where the result is float32."""
     if b.dtype == tl.bfloat16 and not FOR_FLOAT32:
-        leading = rounded(a, tl.bfloat16)
-        trailing = rounded(a - leading.to(tl.float32), tl.bfloat16)
-        return dot(leading, b, dot(trailing, b, sums))
+        first = rounded(a, tl.bfloat16)
+        second = rounded(a - first.to(tl.float32), tl.bfloat16)
+        return dot(first, b, dot(second, b, sums))
     elif b.dtype != tl.float32:
         # a may exceed float16's range, while bfloat16 and float16 fit into tf32 exactly.
         b = b.to(tl.float32)
-        leading = (a.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-        sums = tl.dot(a - leading, b, sums, input_precision="tf32")
-        return tl.dot(leading, b, sums, input_precision="tf32")
+        sums = tl.dot(a - leading(a), b, sums, input_precision="tf32")
+        return tl.dot(leading(a), b, sums, input_precision="tf32")
     else:
         return dot(a, b, sums)
 

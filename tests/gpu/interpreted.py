@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter: run by test_interpreter.py in a process with TRITON_INTERPRET=1.
 
-The interpreter multiplies and adds what the compiled kernels do, with a correctly rounded fma. It truncates where they
-round to bfloat16, hence the larger errors allowed there.
+The interpreter multiplies and adds what the compiled kernels do, with a correctly rounded fma.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from essa_kernels.reference import noise as reference
 from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
 from essa_kernels.tl.tune import tune
 
-from .problems import DTYPES, FLOAT32_ERROR, SHAPES, assert_h, assert_y, problem
+from .problems import DTYPES, FLOAT32_ERROR, H_ERROR, SHAPES, assert_h, assert_y, problem
 
 NEVER, ALWAYS = 10**9, 0
 PATHS = {
@@ -170,8 +169,7 @@ def test_svd_lora(configure, seed, path, shape, dtype):
     padding.fill_(7)
     svd_lora.svd_lora_(*p)
     assert padding.eq(7).all(), "wrote beside y"
-    truncation = {"h_error": 2**-16} if dtype is torch.bfloat16 else {}
-    assert_y(p.y, p._replace(y=y), **truncation)
+    assert_y(p.y, p._replace(y=y), h_error=H_ERROR[dtype])
 
 
 @pytest.mark.parametrize("max_rows", [NEVER, ALWAYS], ids=["few rows", "many rows"])
@@ -186,8 +184,7 @@ def test_svd_lora_linear(configure, seed, max_rows, shape, dtype):
     svd_lora.svd_lora_linear(y[:-1], p.x, weight, bias, *p[2:])
     assert y[-1].isnan().all(), "wrote past the end"
     base = p.x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    truncation = {"h_error": 2**-16} if dtype is torch.bfloat16 else {}
-    assert_y(y[:-1], p._replace(y=base), **truncation)
+    assert_y(y[:-1], p._replace(y=base), h_error=H_ERROR[dtype])
 
 
 @pytest.mark.parametrize("splits", [1, 8])
@@ -353,7 +350,7 @@ def test_multi_lora(seed, dtype, case, factors):
         )
         for change in (torch.Tensor.float, lambda t: t.float().abs())
     )
-    error = FLOAT32_ERROR + (2**-16 if dtype is torch.bfloat16 else 0)
+    error = FLOAT32_ERROR + H_ERROR[dtype]
     for got, true, terms in zip(results(multi_lora, *operands, *rest), truth, size, strict=True):
         rounding = torch.finfo(got.dtype).eps * true.abs() + torch.finfo(got.dtype).smallest_normal
         assert (got.float() - true).abs().le(error * terms + rounding).all()

@@ -19,6 +19,7 @@ SHAPES = {
     "wide ranks": ([5, 12], 96, 130, 40, 72),
 }
 
+H_ERROR = {torch.float32: 0.0, torch.bfloat16: 2**-17, torch.float16: 0.0}  # of h as two bfloat16, each rounded
 FLOAT32_ERROR = 2e-6  # of the sum of absolute terms; sums here have at most a few thousand
 
 
@@ -79,8 +80,8 @@ def assert_h(h: Tensor, p: Problem) -> None:
     assert (h.double() - _h(p)).abs().le(FLOAT32_ERROR * _h(_absolute(p)) + 1e-30).all()
 
 
-def assert_y(y: Tensor, p: Problem, h: Tensor | None = None, *, units: float = 0.5, h_error: float = 0.0) -> None:
-    """y is p's result but for float32 sums and one rounding to y's dtype, of so many units in the last place.
+def assert_y(y: Tensor, p: Problem, h: Tensor | None = None, *, h_error: float = 0.0) -> None:
+    """y is p's result but for float32 sums and one rounding to y's dtype.
 
     p.y is what y was before; h is given where the op took it from there. h_error is the relative error of h where it
     passes through a matrix unit as two bfloat16.
@@ -88,7 +89,7 @@ def assert_y(y: Tensor, p: Problem, h: Tensor | None = None, *, units: float = 0
     delta = (_h(p) if h is None else h.double()) @ p.u_b.double().T
     truth = p.y.double() + delta
     size = (_h(_absolute(p)) if h is None else h.double().abs()) @ p.u_b.double().abs().T + p.y.double().abs()
-    rounding = units * torch.finfo(y.dtype).eps * truth.abs() + torch.finfo(y.dtype).smallest_normal
+    rounding = 0.5 * torch.finfo(y.dtype).eps * truth.abs() + torch.finfo(y.dtype).smallest_normal
     allowed = (FLOAT32_ERROR + h_error) * size + rounding
     error = (y.double() - truth).abs()
     assert error.le(allowed).all(), f"largest error {(error / allowed).max():.3g} times the allowed one"
