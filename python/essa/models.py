@@ -127,6 +127,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def check_model(model: Any) -> None:
+    """Raise `InputError` for an object that is no model."""
+    if not hasattr(model, "config"):
+        raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
+
+
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that lies where a model was loaded from.
 

@@ -28,7 +28,7 @@ from essa.chunks import Local, Task
 from essa.config import ESSAConfig, InputError
 from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts
-from essa.models import ModelSource, fingerprint, has_lora, tokenizer_of, weight_digests, with_adapter
+from essa.models import ModelSource, check_model, fingerprint, has_lora, tokenizer_of, weight_digests, with_adapter
 from essa.progress import Progress, stderr_console
 from essa.rewards import Reward, RewardError, Rewards
 from essa.row_budget import choose_row_budget
@@ -70,8 +70,8 @@ class ESSATrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         adapter: str | None = None,
     ) -> None:
-        if not isinstance(model, (str, ModelSource)) and not hasattr(model, "config"):
-            raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
+        if not isinstance(model, (str, ModelSource)):
+            check_model(model)
         if args is None:
             args = ESSAConfig(output_dir=f"{Path(_model_name(model)).name or type(model).__name__}-ESSA")
         if args.load_best_model_at_end and eval_dataset is None:

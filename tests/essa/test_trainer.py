@@ -449,11 +449,13 @@ def test_callbacks_see_the_run(make_trainer):
     assert [entry["step"] for entry in trainer.state.log_history] == [0, 2, 2, 3, 3]
 
 
-def test_the_best_mean_can_be_kept_instead_of_the_last(make_trainer):
-    def worse_and_worse(completions, trainer_state, **kwargs):
-        return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
+def best_at_two(completions, trainer_state, **kwargs):
+    """A reward that rises to generation 2 and falls from there."""
+    return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
 
-    settings = {"reward_funcs": worse_and_worse, "strategy": "cma", "eval_steps": 1}
+
+def test_the_best_mean_can_be_kept_instead_of_the_last(make_trainer):
+    settings = {"reward_funcs": best_at_two, "strategy": "cma", "eval_steps": 1}
     two = make_trainer("two", generations=2, **settings)
     two.train()
     best = make_trainer("best", load_best_model_at_end=True, **settings)
@@ -477,10 +479,7 @@ def test_best_is_what_the_settings_say(make_trainer):
 
 
 def test_transformers_early_stopping(make_trainer):
-    def up_and_down(completions, trainer_state, **kwargs):
-        return [1.0 / (1 + abs(trainer_state.global_step - 2))] * len(completions)
-
-    settings = {"reward_funcs": up_and_down, "strategy": "cma", "eval_steps": 1}
+    settings = {"reward_funcs": best_at_two, "strategy": "cma", "eval_steps": 1}
     two = make_trainer("two", generations=2, **settings)
     two.train()
     patient = EarlyStoppingCallback(early_stopping_patience=3)

@@ -41,7 +41,6 @@ PROMPT_DIGITS, ANSWER_DIGITS = 2, 6
 PAIRS, BATCH, STEPS, SYNC_STEPS, LEARNING_RATE = 192, 32, 64, 8, 2e-3
 SAMPLES, JUDGE_NOISE = 512, 3.0
 TABLES_SEED = 20240415
-CONTEXT = 32
 BETAS = (0.1, 0.3, 1.0, 2.0)
 SEEDS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -96,7 +95,7 @@ class Task:
                 intermediate_size=128,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                max_position_embeddings=CONTEXT,
+                max_position_embeddings=32,
                 pad_token_id=self.tokenizer.pad_token_id,
                 bos_token_id=None,
                 eos_token_id=self.tokenizer.eos_token_id,
@@ -174,7 +173,6 @@ def train(task: Task, pairs: Preferences, beta: float, seed: int, method: dict[s
         folder,
         beta=beta,
         max_steps=STEPS,
-        max_length=CONTEXT,
         per_device_train_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",

@@ -31,9 +31,7 @@ class MethodSettings(Checks):
     ref_model_mixup_alpha: float = setting(0.6, "Weight of the policy in a soft update, in [0, 1].")
     ref_model_sync_steps: int = setting(512, "Optimiser steps between two updates of the reference (the paper's tau).")
     max_length: int | None = setting(
-        1024,
-        "Most tokens of prompt and completion, at most the model's context. Longer completions are cut, longer prompts "
-        "refused.",
+        1024, "Most tokens of prompt and completion. Longer completions are cut, longer prompts refused."
     )
     precompute_ref_log_probs: bool = setting(
         False, "Compute the log-probabilities of a reference that never moves once, before training."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from essa.config import InputError
-from essa.models import bare, context_length, load_base, tokenizer_of
+from essa.models import bare, check_model, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
 from essa.trdpo.batches import Collator
 from essa.trdpo.config import TRDPOConfig
@@ -78,8 +78,8 @@ class TRDPOTrainer(Trainer):
             raise InputError(f"ref_model must be a model, loaded by its user, got {ref_model!r}")
         if ref_model is not None and ref_model is model:
             raise InputError("ref_model must be another model than the policy; leave it out to start from the policy")
-        if not isinstance(model, str) and not hasattr(model, "config"):
-            raise InputError(f"model must be a name, a PeftModel or a transformers model, got {type(model).__name__}")
+        if not isinstance(model, str):
+            check_model(model)
         # The adapter's first weights are random.
         set_seed(args.seed)
         if isinstance(model, str):

@@ -16,13 +16,13 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 # name -> class, settings that make its peculiarities matter at this size
 FAMILIES = {
     "llama": ("Llama", {}),

@@ -18,7 +18,7 @@ from .conftest import make_judged, make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "2", "--learning_rate", "1e-3"]
-SMALL += ["--ref_model_sync_steps", "2", "--device", "cpu", "--save_steps", "3", "--max_length", "32"]
+SMALL += ["--ref_model_sync_steps", "2", "--device", "cpu", "--save_steps", "3"]
 
 
 def essa(*arguments):
