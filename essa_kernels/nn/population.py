@@ -88,8 +88,10 @@ class Attaching:
         """Give each named module its forward for as long as the context lasts."""
         if self._attached:
             raise RuntimeError("attach: a population is attached already, leave it first")
-        for name, module, _ in forwards:
-            if "forward" in vars(module):
+        before = [vars(module).get("forward") for _, module, _ in forwards]
+        for forward, (name, module, _) in zip(before, forwards, strict=True):
+            # accelerate's only brings the input to the module's device.
+            if forward is not None and not hasattr(module, "_hf_hook"):
                 raise RuntimeError(f"attach: the forward of {name} has been replaced already, undo that first")
         self._attached = True
         try:
@@ -97,8 +99,11 @@ class Attaching:
                 vars(module)["forward"] = forward
             yield population
         finally:
-            for _, module, _ in forwards:
-                vars(module).pop("forward", None)
+            for forward, (_, module, _) in zip(before, forwards, strict=True):
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = forward
             self._attached = False
 
 

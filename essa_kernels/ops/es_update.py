@@ -22,6 +22,7 @@ from .registration import (
     check_weights,
     fold_pairs,
     matrix_of,
+    on_one_device,
     register,
 )
 
@@ -53,9 +54,10 @@ def perturb_(
         perturb_(t, key, member, sigma)
 
     Args:
-        t: float32, bfloat16 or float16, of any shape, contiguous; or a sequence of such tensors on one device that share
-            no memory, of which number i draws from ``key.site + 2 * i``. Leading dimensions are flattened into rows of
-            the noise matrix, one dimension is one row, no dimension is one element; tensors without elements are legal.
+        t: float32, bfloat16 or float16, of any shape, contiguous; or a sequence of such tensors that share no memory, all
+            on the CPU or all on GPUs, of which number i draws from ``key.site + 2 * i``. Leading dimensions are flattened
+            into rows of the noise matrix, one dimension is one row, no dimension is one element; tensors without elements
+            are legal.
         key: seed, generation and site of the first tensor.
         member: 0 .. 2**33 - 1. Member 2k + 1 has minus the noise of member 2k.
         sigma: the scale of the noise, finite in float32.
@@ -100,7 +102,7 @@ def es_update_(
     Args:
         t: as in `perturb_`, a tensor or a sequence of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first tensor.
-        weights: [members], a float32 tensor on the CPU or t's device, or a sequence of numbers; at least one, finite
+        weights: [members], a float32 tensor on the CPU or (first) t's device, or a sequence of numbers; at least one, finite
             (checked on the CPU; on a GPU, where looking would stall the stream, it is trusted). Position n is member n.
             The last of an odd number has no partner.
         distribution: "gaussian" or "rademacher".
@@ -135,7 +137,8 @@ def _run_perturb(tensors, seed, generation, site, member, sigma, distribution, b
     implementation = dispatch.resolve(PERTURB, tensors[0].device, backend)
     _check(PERTURB, tensors, site, distribution)
     check_apart(PERTURB, "t", tensors)
-    implementation(_matrices(tensors), seed % 2**64, generation, site, member, sigma, distribution)
+    for first, part in on_one_device(tensors, site):
+        implementation(_matrices(part), seed % 2**64, generation, first, member, sigma, distribution)
     for tensor in tensors:
         increment_version(tensor)
 
@@ -145,13 +148,13 @@ def _fake_perturb(tensors, seed, generation, site, member, sigma, distribution, 
 
 
 def _run_update(tensors, seed, generation, site, weights, distribution, backend=None) -> None:
-    device = tensors[0].device
-    implementation = dispatch.resolve(UPDATE, device, backend)
+    implementation = dispatch.resolve(UPDATE, tensors[0].device, backend)
     _check(UPDATE, tensors, site, distribution)
     check_apart(UPDATE, "t", tensors)
-    check_weights(UPDATE, weights, device)
-    pair_weights = fold_pairs(UPDATE, weights, device)
-    implementation(_matrices(tensors), seed % 2**64, generation, site, pair_weights, distribution)
+    check_weights(UPDATE, weights, tensors[0].device)
+    for first, part in on_one_device(tensors, site):
+        pair_weights = fold_pairs(UPDATE, weights, part[0].device)
+        implementation(_matrices(part), seed % 2**64, generation, first, pair_weights, distribution)
     for tensor in tensors:
         increment_version(tensor)
 

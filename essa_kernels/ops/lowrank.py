@@ -32,6 +32,7 @@ from .registration import (
     check_weights,
     direct,
     fold_pairs,
+    on_one_device,
     register,
     rows_of_x,
     rows_of_y,
@@ -156,11 +157,11 @@ def lowrank_update_(
     ``acc = fma(fl32(g_k * E[i, c]), F[j, c], acc)``; then ``w[i, j] = round(fl32(float32(w[i, j]) + acc))``.
 
     Args:
-        w: [d_out, d_in], float32, bfloat16 or float16, contiguous; or a sequence of such weights on one device, of which
-            number i draws from ``key.site + 2 * i``.
+        w: [d_out, d_in], float32, bfloat16 or float16, contiguous; or a sequence of such weights, all on the CPU or all
+            on GPUs, of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first weight; the site is even.
-        weights: [members], a float32 tensor on the CPU or w's device, or a sequence of numbers; finite (checked on the
-            CPU). Position n is member n. The last of an odd number has no partner.
+        weights: [members], a float32 tensor on the CPU or (first) w's device, or a sequence of numbers; finite (checked
+            on the CPU). Position n is member n. The last of an odd number has no partner.
         rank: of the noise, >= 1.
         distribution: "gaussian" or "rademacher", of the factors' elements.
         backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
@@ -288,12 +289,12 @@ def _check_update(
 
 
 def _run_update(tensors, seed, generation, site, weights, rank, distribution, backend=None) -> None:
-    device = tensors[0].device
-    implementation = dispatch.resolve(UPDATE, device, backend)
+    implementation = dispatch.resolve(UPDATE, tensors[0].device, backend)
     _check_update(tensors, seed, generation, site, weights, rank, distribution)
     check_apart(UPDATE, "w", tensors)
-    pair_weights = fold_pairs(UPDATE, weights, device, rank**-0.5)
-    implementation(tensors, seed % 2**64, generation, site, pair_weights, rank, distribution)
+    for first, part in on_one_device(tensors, site):
+        pair_weights = fold_pairs(UPDATE, weights, part[0].device, rank**-0.5)
+        implementation(part, seed % 2**64, generation, first, pair_weights, rank, distribution)
     for tensor in tensors:
         increment_version(tensor)
 

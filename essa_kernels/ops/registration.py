@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from operator import index
 
@@ -155,8 +155,8 @@ def check_updated(op: str, name: str, tensors: Sequence[Tensor], site: int, site
         check_no_grad(op, **{numbered: tensor})
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{op}: {numbered} must have dtype float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{op}: {numbered} must be on {tensors[0].device}, got {tensor.device}")
+        if tensor.device.type != tensors[0].device.type:
+            raise ValueError(f"{op}: {numbered} must be on {tensors[0].device.type}, got {tensor.device.type}")
         check_contiguous(op, **{numbered: tensor})
     last = site + 2 * (len(tensors) - 1) + sites_each - 1
     if last >= SITE_END:
@@ -175,6 +175,13 @@ def check_apart(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         if start < end:
             one, other = sorted((i, j))
             raise ValueError(f"{op}: {name} must not share memory, got {name}[{one}] and {name}[{other}] that do")
+
+
+def on_one_device(tensors: Sequence[Tensor], site: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """A list cut where the device changes, each part with the site of its first tensor."""
+    for _, part in itertools.groupby(enumerate(tensors), lambda numbered: numbered[1].device):
+        numbers, neighbours = zip(*part, strict=True)
+        yield site + 2 * numbers[0], neighbours
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:

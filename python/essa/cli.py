@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from essa.config import ESSAConfig, InputError, SFTConfig, read_chat_template_kwargs, suggest
+from essa.config import DEVICES, ESSAConfig, InputError, SFTConfig, read_chat_template_kwargs, suggest
 from essa.data import DataSettings, absolute, read_rows
 from essa.trdpo.settings import CommandSettings
 
@@ -349,7 +349,7 @@ def sft(
     ],
     dataset_split: DataSplit = "train",
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help=DEVICES)] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     config: Config = None,
     **settings: Any,
@@ -393,7 +393,7 @@ def eval(
         str,
         typer.Option("--quantization", help="Quantise the linear layers: int8, int4 (computes in bfloat16) or none."),
     ] = "none",
-    device: Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help=DEVICES)] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     config: Config = None,
 ) -> None:
@@ -477,12 +477,15 @@ def demo(
 @_command()
 def plan(
     model_name_or_path: Model,
-    gpus: Annotated[int, typer.Option("--gpus", help="Workers to plan for, one GPU each.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs to plan for.", min=1)] = 1,
+    gpus_per_worker: Annotated[
+        int, typer.Option("--gpus_per_worker", help="GPUs that a worker's model is spread over.", min=1)
+    ] = 1,
     gpu: Annotated[
         str, typer.Option("--gpu", help="Kind of GPU: a100, h100, h200 or l4; measure: rates of this machine.")
     ] = "h100",
     memory: Annotated[
-        float | None, typer.Option("--memory", help="GiB of memory of a worker. Default: the GPU's.")
+        float | None, typer.Option("--memory", help="GiB of memory of a GPU. Default: the data sheet's.")
     ] = None,
     population_size: Annotated[int, typer.Option("--population_size", help="Members.", min=2)] = 96,
     prompts_per_generation: Annotated[
@@ -511,6 +514,7 @@ def plan(
     result = make_plan(
         model_name_or_path,
         gpus=gpus,
+        gpus_per_worker=gpus_per_worker,
         gpu=gpu,
         memory=memory,
         members=population_size,

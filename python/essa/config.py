@@ -47,6 +47,7 @@ CHAT_TEMPLATE_KWARGS = (
     "Further arguments of the chat template, which renders prompts that are messages, as a JSON object: "
     "'{\"enable_thinking\": false}'."
 )
+DEVICES = "auto (a GPU if there is one), cpu, cuda, cuda:1, or balanced (the layers spread over all GPUs)."
 EVALUATED = ("reward", "tokens", "seconds")
 """What an evaluation measures."""
 
@@ -226,7 +227,7 @@ class ESSAConfig(_Settings):
         "adapter is not quantised.",
         fixed=True,
     )
-    device: str = setting("auto", "Device of a model given by name: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    device: str = setting("auto", f"Device of a model given by name: {DEVICES}")
     num_workers: int = setting(
         0,
         "Ray workers that evaluate the population's chunks of row_budget sequences, each on a model of its own. 0: "
@@ -239,7 +240,9 @@ class ESSAConfig(_Settings):
         "alone.",
     )
     gpus_per_worker: float | None = setting(
-        None, "GPUs of a Ray worker, at most 1; a fraction shares one. Default: 1 where the cluster has GPUs, else 0."
+        None,
+        "GPUs of a Ray worker: a fraction shares one, 2 and more spread the model's layers over them. Default: 1 where the "
+        "cluster has GPUs, else 0.",
     )
     threads_per_worker: int = setting(
         1, "CPU threads of a Ray worker. Keep it: the number of threads may show in a product's last bits."
@@ -309,7 +312,13 @@ class ESSAConfig(_Settings):
         self._check_int("num_workers", 0)
         self._check_int("threads_per_worker", 1)
         if self.gpus_per_worker is not None:
-            self._check_float("gpus_per_worker", at_least=0.0, at_most=1.0)
+            self._check_float("gpus_per_worker", at_least=0.0)
+            if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+                raise InputError(f"gpus_per_worker above 1 must be a whole number, got {self.gpus_per_worker:g}")
+            if self.gpus_per_worker > 1 and self.device not in ("auto", "balanced"):
+                raise InputError(
+                    f"gpus_per_worker above 1 spreads the model: device must be auto or balanced, got {self.device!r}"
+                )
         if self.ray_address is not None:
             if not isinstance(self.ray_address, str) or not self.ray_address:
                 raise InputError(f"ray_address must be auto or host:port, got {self.ray_address!r}")

@@ -9,15 +9,17 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.config import DTYPES, InputError
@@ -31,13 +33,17 @@ MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_nam
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`."""
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; for `balanced` that of the model's inputs."""
+    if device == "balanced":
+        if not torch.cuda.device_count():
+            raise InputError("device 'balanced' spreads a model over GPUs, torch sees none")
+        return torch.device("cuda", 0)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+        raise InputError(f"device must be auto, cpu, cuda, cuda:N or balanced, got {device!r}") from error
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return picked
@@ -82,7 +88,8 @@ def load_base(
     """A causal language model in evaluation mode, and its tokenizer, from a local folder or the hub.
 
     `quantization` int8 or int4 quantises its linear layers while they are loaded; a model that arrives quantised stays
-    as it is. `attn_implementation` is transformers' name of the attention, or None for its choice.
+    as it is. `device` "balanced" spreads the layers over all GPUs. `attn_implementation` is transformers' name of the
+    attention, or None for its choice.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -96,7 +103,7 @@ def load_base(
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            device_map={"": target},
+            device_map=device if device == "balanced" else {"": target},
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **({"quantization_config": config} if config else {}),
@@ -109,7 +116,21 @@ def load_base(
         raise InputError(f"model_name_or_path {name!r} cannot be loaded: {error}{offline_note()}") from error
     if config is not None:
         check_quantised(model, quantization)
+    if device == "balanced":
+        parts = getattr(model, "hf_device_map", {})
+        if {"cpu", "disk"} & set(map(str, parts.values())):
+            raise InputError(f"model_name_or_path {name!r} does not fit into {torch.cuda.device_count()} GPUs")
+        _cross_between(parts, model)
     return model.eval(), tokenizer
+
+
+def _cross_between(parts: Container[str], model: nn.Module) -> None:
+    """Let inputs change devices where a part begins only. accelerate looks at the inputs of every module, at decoding's
+    expense, and its ways into linear layers are in the way of a population's."""
+    for name, module in model.named_modules():
+        if name and name not in parts and hasattr(module, "_hf_hook"):
+            remove_hook_from_module(module)
+            del module.forward  # the class has the same
 
 
 def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:

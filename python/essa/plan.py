@@ -260,6 +260,7 @@ def plan(
     name: str,
     *,
     gpus: int,
+    gpus_per_worker: int,
     gpu: str,
     memory: float | None,
     members: int,
@@ -275,9 +276,11 @@ def plan(
 
     Args:
         name: folder or hub name of the model.
-        gpus: workers to plan for.
+        gpus: to plan for, in all.
+        gpus_per_worker: that the layers of a worker's model are spread over. They add up their memory; each works while
+            the others wait.
         gpu: one of `GPUS`, or "measure": this machine's rates, on the model itself.
-        memory: GiB of a worker; None for the GPU's.
+        memory: GiB of a GPU; None for the data sheet's.
         row_budget: sequences to a chunk; None: a worker's share of a generation, or as many as fit.
 
     Raises:
@@ -287,6 +290,10 @@ def plan(
 
     if row_budget is not None and row_budget < 1:
         raise InputError(f"row_budget must be at least 1, got {row_budget}")
+    if gpus_per_worker > gpus:
+        raise InputError(f"gpus_per_worker must be at most gpus, {gpus}, got {gpus_per_worker}")
+    if gpu == "measure" and gpus_per_worker > 1:
+        raise InputError(f"gpus_per_worker must be 1 with gpu 'measure', got {gpus_per_worker}")
     if memory is not None and not (math.isfinite(memory) and memory > 0):
         raise InputError(f"memory must be a positive number of GiB, got {memory}")
     for argument, value, known in (
@@ -316,6 +323,7 @@ def plan(
         available = float(free_memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     else:
         available = GPUS[gpu][2] if memory is None else memory * GIB
+    available *= gpus_per_worker
     most = largest_row_budget(shape, job, available)
     if row_budget is not None and row_budget > most:
         raise InputError(f"row_budget: {most} sequences fit into {available / GIB:.1f} GiB, got {row_budget}")
@@ -324,17 +332,19 @@ def plan(
         rounds = math.ceil(job.rows / (workers * most))
         return row_budget or math.ceil(job.rows / (workers * rounds))
 
-    rows = budget(gpus)
+    workers = gpus // gpus_per_worker
+    rows = budget(workers)
     if gpu == "measure":
         rates = _measured_here(name, job, rows, trust_remote_code)
     else:
         rates = functools.partial(rates_of_gpu, shape, job, gpu=gpu)
-    seconds = generation_seconds(job, rates(rows), rows, gpus)
+    seconds = generation_seconds(job, rates(rows), rows, workers)
     return {
         "model": name,
         "parameters": shape.linear + shape.head + shape.embedding,
-        "workers": gpus,
+        "workers": workers,
         "gpu": gpu,
+        "gpus_per_worker": gpus_per_worker,
         "memory_per_worker_gib": (weight_bytes(shape, job) + rows * row_bytes(shape, job)) / GIB,
         "of_which_weights_gib": weight_bytes(shape, job) / GIB,
         "rows_per_generation": job.rows,

@@ -42,7 +42,10 @@ def choose_row_budget(
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     dtype = str(weight.dtype).removeprefix("torch.")
     job = Job(1, 1, len(processing_class(prompt)["input_ids"]), max_new_tokens, dtype=dtype)
-    fitting = MEMORY_USED * free_memory_of(weight.device) / row_bytes(Shape.of(model.config), job)
+    devices = {parameter.device for parameter in model.parameters()}
+    # A model spread over several has an equal share of its layers, and of their cache, on each.
+    free = len(devices) * min(map(free_memory_of, devices))
+    fitting = MEMORY_USED * free / row_bytes(Shape.of(model.config), job)
     rates: dict[int, float] = {}
     rows = min(FIRST, most)
     while True:

@@ -84,9 +84,11 @@ class Replica:
         Raises:
             InputError: it cannot be loaded here, or is not the driver's.
         """
-        recipe, args = self._recipe, self._recipe.args
+        recipe, args, source = self._recipe, self._recipe.args, self._recipe.source
         torch.set_num_threads(args.threads_per_worker)
-        model, tokenizer = recipe.source.load(of_weights=of_weights(args))
+        if args.gpus_per_worker is not None and args.gpus_per_worker > 1:
+            source = dataclasses.replace(source, device="balanced")
+        model, tokenizer = source.load(of_weights=of_weights(args))
         self._check_weights(model)
         self._search = Search(model, args)
         self._state = TrainerState(max_steps=args.generations)

@@ -9,7 +9,7 @@ from essa.config import OPTIMIZERS as OPTIMIZER_NAMES
 from essa.config import PARAMETRIZATIONS, REWARD_SHAPINGS
 from essa.strategies import make_strategy
 from essa.strategies.es import DEFAULTS
-from essa.strategies.optimizers import OPTIMIZERS
+from essa.strategies.optimizers import OPTIMIZERS, sqrt_
 from essa.strategies.shaping import SHAPINGS, centred_rank, per_prompt, z_score
 
 from essa_kernels import es_update_, gaussian
@@ -102,6 +102,40 @@ def test_optimisers_are_torchs(optimizer):
         torchs.step()
         steps.append(parameter.detach().clone())
     torch.testing.assert_close(space.parameters[0].double(), steps[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_optimisers_round_one_operation_at_a_time(optimizer):
+    """As any device rounds alike: numpy's float32 arithmetic, which fuses nothing, takes the same steps to the bit."""
+    strategy, space = build(optimizer=optimizer, lr=0.05)
+    total, squares, point = np.zeros((3, DIM), np.float32)
+    for generation in range(4):
+        rewards = np.random.default_rng(generation).random((16, PROMPTS))
+        fitness = rewards.mean(1)
+        weights = (fitness - fitness.mean()) / fitness.std() / (16 * 0.3)
+        if optimizer == "momentum":
+            total = total * np.float32(0.9)
+            space.add_noise_(
+                [torch.from_numpy(total)], strategy.ask(generation).key, (0.05 * (1 - 0.9) * weights).tolist()
+            )
+            point = point + total
+        else:
+            gradient = np.zeros(DIM, np.float32)
+            space.add_noise_([torch.from_numpy(gradient)], strategy.ask(generation).key, weights.tolist())
+            total = total * np.float32(0.9) + gradient
+            squares = squares * np.float32(0.999) + gradient * gradient
+            spread = (1 - 0.999) / (1 - 0.999 ** (generation + 1))
+            pace = 0.05 * (1 - 0.9) / (1 - 0.9 ** (generation + 1))
+            divisor = np.sqrt(squares * np.float32(spread)) + np.float32(1e-8)
+            point = point + total / divisor * np.float32(pace)
+        strategy.tell(generation, rewards, None)
+        assert np.array_equal(space.parameters[0].numpy(), point)
+
+
+def test_square_roots_are_correctly_rounded():
+    numbers = torch.rand(2**20 + 77) * 10.0 ** torch.randint(-30, 30, (2**20 + 77,))
+    expected = np.sqrt(numbers.double().numpy()).astype(np.float32)
+    assert np.array_equal(sqrt_(numbers).numpy(), expected)
 
 
 def test_shapings():

@@ -102,7 +102,7 @@ def test_a_probe_is_small_and_meets_every_column():
 
 def test_devices_and_context(base):
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
+    with pytest.raises(InputError, match="device must be auto, cpu, cuda, cuda:N or balanced, got 'gpu'"):
         pick_device("gpu")
     assert context_length(base) == base.config.max_position_embeddings
 

@@ -140,12 +140,25 @@ def test_the_command(tmp_path):
     assert numbers["parameters"] == pytest.approx(7.615e9, rel=0.001)
     assert numbers["row_budget"] == 96 * 64 // 16 and numbers["chunks"] == 16
     assert 0 < numbers["memory_per_worker_gib"] < 0.9 * 80
+    spread = CliRunner().invoke(
+        app,
+        ["plan", "--model_name_or_path", str(tmp_path), "--gpus", "16", "--gpus_per_worker", "4", "--memory", "10"],
+    )
+    assert spread.exit_code == 0, spread.output
+    numbers = json.loads(spread.stdout)
+    assert numbers["workers"] == 4 and numbers["gpus_per_worker"] == 4
+    assert 10 < numbers["memory_per_worker_gib"] < 0.9 * 40
     for arguments, message in (
         (["--gpu", "h1000"], "gpu must be one of a100, h100, h200, l4, measure, got 'h1000'"),
         (["--memory", "10"], "memory: the model needs 15.8 GiB"),
         (["--row_budget", "100000"], "row_budget: "),
         (["--row_budget", "0"], "row_budget must be at least 1, got 0"),
         (["--memory", "nan"], "memory must be a positive number of GiB, got nan"),
+        (["--gpus_per_worker", "2"], "gpus_per_worker must be at most gpus, 1, got 2"),
+        (
+            ["--gpus", "2", "--gpus_per_worker", "2", "--gpu", "measure"],
+            "gpus_per_worker must be 1 with gpu 'measure', got 2",
+        ),
         (["--model_name_or_path", str(tmp_path / "no")], "cannot be read"),
     ):
         result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), *arguments])

@@ -191,7 +191,12 @@ def test_bad_worker_settings_are_named(make_trainer, warm_start):
     for settings, message in (
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0"),
         ({"ray_address": "auto"}, "ray_address needs num_workers of at least 1"),
-        ({"num_workers": 1, "gpus_per_worker": 2.0}, "gpus_per_worker must be .* at most 1"),
+        ({"num_workers": 1, "gpus_per_worker": -1}, "gpus_per_worker must be a finite number of at least 0"),
+        ({"num_workers": 1, "gpus_per_worker": 2.5}, "gpus_per_worker above 1 must be a whole number, got 2.5"),
+        (
+            {"num_workers": 1, "gpus_per_worker": 2, "device": "cuda"},
+            "gpus_per_worker above 1 spreads the model: device must be auto or balanced, got 'cuda'",
+        ),
         ({"num_workers": 1, "model": make_trainer("other").model, "adapter": None}, "a model given by name"),
     ):
         with pytest.raises(InputError, match=message):
