@@ -14,7 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from essa.config import DEVICES, ESSAConfig, InputError, SFTConfig, read_chat_template_kwargs, suggest
+from essa.config import (
+    DEVICES,
+    WITH_COMMAS,
+    ESSAConfig,
+    InputError,
+    SFTConfig,
+    read_chat_template_kwargs,
+    suggest,
+)
 from essa.data import DataSettings, absolute, read_rows
 from essa.trdpo.settings import CommandSettings
 
@@ -72,6 +80,8 @@ def _known(settings: dict[Any, Any], context: typer.Context, path: str) -> dict[
             continue
         if option.multiple and not isinstance(value, list):
             value = [value]
+        elif isinstance(value, list) and option.name in WITH_COMMAS:
+            value = ",".join(map(str, value))
         elif isinstance(value, list) and not option.multiple:
             raise typer.BadParameter(f"{path!r}: option {name!r} takes one value, got {value!r}")
         elif isinstance(value, dict):

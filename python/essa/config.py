@@ -42,7 +42,10 @@ NOISES = ("gaussian", "rademacher")
 OFFSET_MODES = ("absolute", "relative")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
-REPORTERS = ("none", "tensorboard", "wandb")
+REPORTERS = ("tensorboard", "wandb")
+WITH_COMMAS = ("lora_target_modules", "report_to")
+"""Options that take several names with commas between them."""
+REPORT_TO = "Also log to tensorboard or wandb (installed separately), or to both, separated by a comma; or none."
 CHAT_TEMPLATE_KWARGS = (
     "Further arguments of the chat template, which renders prompts that are messages, as a JSON object: "
     "'{\"enable_thinking\": false}'."
@@ -83,6 +86,20 @@ class Checks:
         value = getattr(self, name)
         if value not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{suggest(str(value), choices)}")
+
+    def _check_reporters(self) -> None:
+        """Take names, one or several separated by commas or as a list, for "none" or a list."""
+        given: Any = vars(self)["report_to"]
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+        if names is None or (isinstance(names, list) and names in ([], ["none"])):
+            vars(self)["report_to"] = "none"
+        elif isinstance(names, list) and set(map(str, names)) <= set(REPORTERS):
+            vars(self)["report_to"] = names
+        else:
+            known = f"none, {', '.join(REPORTERS)}"
+            raise InputError(
+                f"report_to must be {known} or several of them, got {given!r}{suggest(str(given), REPORTERS)}"
+            )
 
 
 @dataclass
@@ -211,7 +228,7 @@ class ESSAConfig(_Settings):
     report_to: str | list[str] = field(
         default="none",
         metadata={
-            "help": "Also log to tensorboard or wandb (installed separately), or none.",
+            "help": REPORT_TO,
             "fixed": False,
             "option": str,
         },
@@ -299,12 +316,7 @@ class ESSAConfig(_Settings):
         self._check_int("eval_steps", 0)
         self._check_int("save_steps", 0)
         self._check_int("logging_steps", 1)
-        if self.report_to in (None, ["none"]):
-            self.report_to = "none"
-        if not isinstance(self.report_to, list):
-            self._check_choice("report_to", REPORTERS)
-        elif not set(map(str, self.report_to)) <= set(REPORTERS[1:]):
-            raise InputError(f"report_to must be a list of {', '.join(REPORTERS[1:])}, got {self.report_to!r}")
+        self._check_reporters()
         self.metric_for_best_model = str(self.metric_for_best_model).removeprefix("eval_")
         self._check_choice("metric_for_best_model", EVALUATED)
         self._check_choice("dtype", DTYPES)

@@ -550,7 +550,7 @@ def _reporters(report_to: str | list[str]) -> list[TrainerCallback]:
     from transformers.integrations import get_reporting_integration_callbacks
 
     made = []
-    for name in [report_to] if isinstance(report_to, str) else report_to:
+    for name in () if report_to == "none" else report_to:
         try:
             made += [kind() for kind in get_reporting_integration_callbacks(name)]
         except (RuntimeError, ImportError) as error:

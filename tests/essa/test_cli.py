@@ -176,6 +176,17 @@ def test_a_yaml_file_may_hold_what_the_command_line_takes(align, tmp_path):
     assert run.identity["rewards"] == ["exact_match"] and run.identity["settings"]["reward_weights"] == [0.5]
 
 
+def test_a_yaml_file_may_list_what_the_command_line_takes_with_commas(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "3+4=", "completion": "7"}) + "\n")
+    (tmp_path / "sft.yaml").write_text("lora_target_modules: [q_proj, v_proj]\nlora_r: 2\nmax_steps: 1\n")
+    command = ["sft", "--model_name_or_path", BASE_MODEL, "--dataset_name", rows]
+    result = essa(*command, "--output_dir", tmp_path / "adapter", "--config", tmp_path / "sft.yaml")
+    assert result.exit_code == 0, result.output
+    adapted = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(adapted) == ["q_proj", "v_proj"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from essa.config import ESSAConfig, InputError, SFTConfig, suggest
+from essa.trdpo.settings import CommandSettings
 
 
 def test_defaults_are_valid():
@@ -59,6 +60,7 @@ def test_every_field_explains_itself(kind):
         ("logging_steps", 0),
         ("report_to", "mlflow"),
         ("report_to", ["wandb", "none"]),
+        ("report_to", "wandb,none"),
         ("report_to", [3]),
         ("metric_for_best_model", "loss"),
         ("greater_is_better", "yes"),
@@ -79,6 +81,14 @@ def test_a_wrong_value_is_named(name, value):
 @pytest.mark.parametrize("nothing", [None, ["none"], "none"])
 def test_nothing_to_report_to(nothing):
     assert ESSAConfig("run", report_to=nothing).report_to == "none"
+
+
+def test_several_to_report_to():
+    for given in ("tensorboard, wandb", ["tensorboard", "wandb"]):
+        assert ESSAConfig("run", report_to=given).report_to == ["tensorboard", "wandb"]
+    settings = CommandSettings(report_to="wandb")
+    settings.check()
+    assert settings.report_to == ["wandb"]
 
 
 def test_arguments_of_the_chat_template_may_be_json():

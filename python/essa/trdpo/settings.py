@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from essa.config import REPORTERS, Checks, InputError, setting
+from essa.config import REPORT_TO, Checks, InputError, setting
 
 LOSS_TYPES = ("sigmoid", "ipo", "kto")
 REF_UPDATES = ("soft", "hard", "none")
@@ -111,7 +111,7 @@ class CommandSettings(MethodSettings):
     eval_steps: int = setting(0, "Evaluate every so many steps. 0: only after training.")
     save_steps: int = setting(500, "Checkpoint every so many steps. 0: none.")
     save_total_limit: int | None = setting(None, "Keep at most this many checkpoints.")
-    report_to: str = setting("none", "Also log to tensorboard or wandb (installed separately), or none.")
+    report_to: str = setting("none", REPORT_TO)
     run_name: str | None = setting(None, "Name of the run in wandb and in the report.")
     seed: int = setting(42, "Seed of the adapter's initial weights and of the order of rows.")
 
@@ -127,7 +127,7 @@ class CommandSettings(MethodSettings):
         if self.lora_target_modules is not None and not self.lora_target_modules:
             raise InputError(f"lora_target_modules must be text, got {self.lora_target_modules!r}")
         self._check_choice("device", ("auto", "cpu"))
-        self._check_choice("report_to", REPORTERS)
+        self._check_reporters()
         self._check_float("learning_rate", above=0.0)
         for name in ("num_train_epochs", "logging_steps"):
             self._check_float(name, above=0.0)
