@@ -312,12 +312,15 @@ def check_weights(op: str, weights: Tensor, device: torch.device) -> None:
         raise ValueError(f"{op}: weights must be on {allowed}, got {weights.device}")
 
 
-def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float = 1.0) -> Tensor:
+def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
     """(weights[2k] - weights[2k + 1]) * scale of every pair, float32, on a device; a missing last member weighs 0."""
     if weights.is_cpu and not weights.isfinite().all():
         m = int(weights.isfinite().logical_not().nonzero()[0])
         raise ValueError(f"{op}: weights must be finite, got {float(weights[m])} for member {m}")
     if weights.shape[0] % 2:
         weights = torch.cat([weights, weights.new_zeros(1)])
+    folded = weights[0::2] - weights[1::2]
+    if scale is not None:
+        folded *= scale
     # Without waiting: what is copied from pageable memory is staged before the call returns.
-    return ((weights[0::2] - weights[1::2]) * scale).to(device, non_blocking=True)
+    return folded.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from essa.workers import Recipe, Replica, pack, unpack
 from essa_kernels import NoiseKey
 from essa_kernels.nn import LowRankNoise, Perturbed
 
-from .pretended_gpus import pretended
+from ..pretended_gpus import pretended
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 PLACES = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 
 import essa.models
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +17,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import essa_kernels.dispatch
 import essa_kernels.nn.weights
 
+if torch.cuda.is_available():
+    pytest.skip("the GPUs are real here", allow_module_level=True)
+
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+READS = ("__bool__", "__int__", "__float__", "nonzero", "tolist")
+READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+WAITS: list[str] = []
+"""What has made the CPU wait for a GPU so far."""
 
 
 class OnGPU(Tensor):
@@ -52,6 +60,8 @@ def method(name, *, moves=False):
     def call(self, *args, **kwargs):
         if not moves:
             meet(name, self.device, tree_leaves((args, kwargs)))
+        if name in READS or (moves and not isinstance(args[0], OnGPU)):
+            WAITS.append(name)
         result = getattr(self.inner, name)(*inside(args), **inside(kwargs))
         return self if result is self.inner else tree_map_only(Tensor, lambda t: OnGPU(t, self.device), result)
 
@@ -94,7 +104,11 @@ def compute(op, args, kwargs):
         device = on_gpus[0].device
         meet(op, device, tree_leaves((args, kwargs)))
     result = op(*inside(args), **inside(kwargs))
-    if device is None or torch.device(device).type == "cpu":
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    crosses = op in MOVES and on_cpu is bool(on_gpus) and not kwargs.get("non_blocking")
+    if crosses or (on_gpus and READING_TAGS & set(op.tags)):
+        WAITS.append(str(op))
+    if on_cpu:
         return result
     given = {id(tensor.inner): tensor for tensor in on_gpus}
     return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnGPU(t, device), result)
