@@ -144,6 +144,7 @@ def pretended(monkeypatch):
         monkeypatch.setattr(module, "type", type_of, raising=False)
     monkeypatch.setattr(torch, "tensor", there)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with Dispatched():

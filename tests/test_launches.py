@@ -53,7 +53,6 @@ def launched(monkeypatch):
         if hasattr(module, "on_device"):
             monkeypatch.setattr(module, "on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr("essa_kernels.tl.config.architecture", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def triton_of(op, device, backend=None, beyond_decode=False):
         file, function = dispatch.OPS[op]
@@ -134,6 +133,18 @@ def test_a_call_launches_few_kernels_and_waits_for_nothing(launched, op, dtype):
 def test_every_op_is_here():
     public = {name for name in dispatch.OPS if not name.endswith("_backward")}
     assert public == LAUNCHES.keys()
+
+
+def test_a_list_over_two_gpus_is_not_captured(launched, monkeypatch):
+    tensors = [on_gpu(3), torch.randn(3).to("cuda:1")]
+    for update in (lambda: perturb_(tensors, KEY, 0, 0.1), lambda: es_update_(tensors, KEY, [1.0, 0.5])):
+        launched.clear()
+        update()
+        assert len(launched) == 2, "one for each"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(RuntimeError, match="a CUDA graph is captured on one GPU, the tensors are on several"):
+                update()
 
 
 def test_waiting_is_noticed(launched):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import NoiseKey, lowrank_perturbed, lowrank_update_
 from .parametrization import Perturbed, member_ids
-from .population import Attaching, Forward, Population
+from .population import Attaching, Forward, Population, own_forward
 from .weights import Weights, check_bare, check_floating
 
 
@@ -75,7 +75,7 @@ class LowRankNoise(Attaching, Weights):
     def _forward(self, position: int, module: nn.Module, members: Perturbed, population: Population) -> Forward:
         d_out, device = self.parameters[position].shape[0], self.parameters[position].device
         key, ids = members.key.at(site=members.key.site + 2 * position), member_ids(members, device)
-        linear, offsets_for, options = module.forward, population.offsets_for, self._options
+        linear, offsets_for, options = own_forward(module), population.offsets_for, self._options
 
         def forward(x: Tensor) -> Tensor:
             y = linear(x)

@@ -88,23 +88,43 @@ class Attaching:
         """Give each named module its forward for as long as the context lasts."""
         if self._attached:
             raise RuntimeError("attach: a population is attached already, leave it first")
-        before = [vars(module).get("forward") for _, module, _ in forwards]
-        for forward, (name, module, _) in zip(before, forwards, strict=True):
-            # accelerate's only brings the input to the module's device.
-            if forward is not None and not hasattr(module, "_hf_hook"):
+        for name, module, _ in forwards:
+            if _is_replaced(module):
                 raise RuntimeError(f"attach: the forward of {name} has been replaced already, undo that first")
+        before = [vars(module).get(_slot(module)) for _, module, _ in forwards]
         self._attached = True
         try:
             for _, module, forward in forwards:
-                vars(module)["forward"] = forward
+                vars(module)[_slot(module)] = forward
             yield population
         finally:
-            for forward, (_, module, _) in zip(before, forwards, strict=True):
-                if forward is None:
-                    vars(module).pop("forward", None)
+            for own, (_, module, _) in zip(before, forwards, strict=True):
+                if own is None:
+                    vars(module).pop(_slot(module), None)
                 else:
-                    vars(module)["forward"] = forward
+                    vars(module)[_slot(module)] = own
             self._attached = False
+
+
+def _slot(module: nn.Module) -> str:
+    """Where a module keeps its forward. A hook of accelerate's, which brings the input to the module's GPU, stays before it."""
+    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+
+
+def own_forward(module: nn.Module) -> Forward:
+    """The forward that a population's takes the place of."""
+    return getattr(module, _slot(module))
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is another than its class's and accelerate's."""
+    if _slot(module) == "forward":
+        return "forward" in vars(module)
+    hooked, own = getattr(vars(module)["forward"], "func", None), vars(module)["_old_forward"]
+    return (
+        getattr(hooked, "__module__", None) != "accelerate.hooks"
+        or getattr(own, "__func__", None) is not type(module).forward
+    )
 
 
 @dataclasses.dataclass(frozen=True)

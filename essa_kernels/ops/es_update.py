@@ -102,7 +102,7 @@ def es_update_(
     Args:
         t: as in `perturb_`, a tensor or a sequence of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first tensor.
-        weights: [members], a float32 tensor on the CPU or (first) t's device, or a sequence of numbers; at least one, finite
+        weights: [members], a float32 tensor on the CPU or on the device of the (first) t, or a sequence of numbers; at least one, finite
             (checked on the CPU; on a GPU, where looking would stall the stream, it is trusted). Position n is member n.
             The last of an odd number has no partner.
         distribution: "gaussian" or "rademacher".
@@ -137,7 +137,7 @@ def _run_perturb(tensors, seed, generation, site, member, sigma, distribution, b
     implementation = dispatch.resolve(PERTURB, tensors[0].device, backend)
     _check(PERTURB, tensors, site, distribution)
     check_apart(PERTURB, "t", tensors)
-    for first, part in on_one_device(tensors, site):
+    for first, part in on_one_device(PERTURB, tensors, site):
         implementation(_matrices(part), seed % 2**64, generation, first, member, sigma, distribution)
     for tensor in tensors:
         increment_version(tensor)
@@ -152,9 +152,11 @@ def _run_update(tensors, seed, generation, site, weights, distribution, backend=
     _check(UPDATE, tensors, site, distribution)
     check_apart(UPDATE, "t", tensors)
     check_weights(UPDATE, weights, tensors[0].device)
-    for first, part in on_one_device(tensors, site):
-        pair_weights = fold_pairs(UPDATE, weights, part[0].device)
-        implementation(_matrices(part), seed % 2**64, generation, first, pair_weights, distribution)
+    pair_weights = fold_pairs(UPDATE, weights)
+    for first, part in on_one_device(UPDATE, tensors, site):
+        # Without waiting: what is copied from pageable memory is staged before the call returns.
+        there = pair_weights.to(part[0].device, non_blocking=True)
+        implementation(_matrices(part), seed % 2**64, generation, first, there, distribution)
     for tensor in tensors:
         increment_version(tensor)
 

@@ -160,7 +160,7 @@ def lowrank_update_(
         w: [d_out, d_in], float32, bfloat16 or float16, contiguous; or a sequence of such weights, all on the CPU or all
             on GPUs, of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first weight; the site is even.
-        weights: [members], a float32 tensor on the CPU or (first) w's device, or a sequence of numbers; finite (checked
+        weights: [members], a float32 tensor on the CPU or on the device of the (first) w, or a sequence of numbers; finite (checked
             on the CPU). Position n is member n. The last of an odd number has no partner.
         rank: of the noise, >= 1.
         distribution: "gaussian" or "rademacher", of the factors' elements.
@@ -292,9 +292,11 @@ def _run_update(tensors, seed, generation, site, weights, rank, distribution, ba
     implementation = dispatch.resolve(UPDATE, tensors[0].device, backend)
     _check_update(tensors, seed, generation, site, weights, rank, distribution)
     check_apart(UPDATE, "w", tensors)
-    for first, part in on_one_device(tensors, site):
-        pair_weights = fold_pairs(UPDATE, weights, part[0].device, rank**-0.5)
-        implementation(part, seed % 2**64, generation, first, pair_weights, rank, distribution)
+    pair_weights = fold_pairs(UPDATE, weights, rank**-0.5)
+    for first, part in on_one_device(UPDATE, tensors, site):
+        # Without waiting: what is copied from pageable memory is staged before the call returns.
+        there = pair_weights.to(part[0].device, non_blocking=True)
+        implementation(part, seed % 2**64, generation, first, there, rank, distribution)
     for tensor in tensors:
         increment_version(tensor)
 

@@ -177,8 +177,10 @@ def check_apart(op: str, name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{op}: {name} must not share memory, got {name}[{one}] and {name}[{other}] that do")
 
 
-def on_one_device(tensors: Sequence[Tensor], site: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def on_one_device(op: str, tensors: Sequence[Tensor], site: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
     """A list cut where the device changes, each part with the site of its first tensor."""
+    if len({tensor.device for tensor in tensors}) > 1 and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: a CUDA graph is captured on one GPU, the tensors are on several")
     for _, part in itertools.groupby(enumerate(tensors), lambda numbered: numbered[1].device):
         numbers, neighbours = zip(*part, strict=True)
         yield site + 2 * numbers[0], neighbours
@@ -312,8 +314,8 @@ def check_weights(op: str, weights: Tensor, device: torch.device) -> None:
         raise ValueError(f"{op}: weights must be on {allowed}, got {weights.device}")
 
 
-def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float | None = None) -> Tensor:
-    """(weights[2k] - weights[2k + 1]) * scale of every pair, float32, on a device; a missing last member weighs 0."""
+def fold_pairs(op: str, weights: Tensor, scale: float | None = None) -> Tensor:
+    """(weights[2k] - weights[2k + 1]) * scale of every pair, float32; a missing last member weighs 0."""
     if weights.is_cpu and not weights.isfinite().all():
         m = int(weights.isfinite().logical_not().nonzero()[0])
         raise ValueError(f"{op}: weights must be finite, got {float(weights[m])} for member {m}")
@@ -322,5 +324,4 @@ def fold_pairs(op: str, weights: Tensor, device: torch.device, scale: float | No
     folded = weights[0::2] - weights[1::2]
     if scale is not None:
         folded *= scale
-    # Without waiting: what is copied from pageable memory is staged before the call returns.
-    return folded.to(device, non_blocking=True)
+    return folded

@@ -323,7 +323,11 @@ class ESSAConfig(_Settings):
         self._check_choice("quantization", QUANTIZATIONS)
         self._check_int("num_workers", 0)
         self._check_int("threads_per_worker", 1)
+        if self.device == "balanced" and self.num_workers and (self.gpus_per_worker or 1) <= 1:
+            raise InputError("device 'balanced' with num_workers needs gpus_per_worker of at least 2: each has its own")
         if self.gpus_per_worker is not None:
+            if self.num_workers == 0:
+                raise InputError("gpus_per_worker needs num_workers of at least 1")
             self._check_float("gpus_per_worker", at_least=0.0)
             if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
                 raise InputError(f"gpus_per_worker above 1 must be a whole number, got {self.gpus_per_worker:g}")

@@ -5,11 +5,14 @@ Weights are read from safetensors only, and code that comes with a model is run 
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +30,11 @@ from essa.config import DTYPES, InputError
 from essa.hub import offline_note, reach_hub
 from essa.quantization import check_quantised, check_quantization, quantization_config
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MERGED_ROWS = 64
+"""Rows of a weight that are merged at a time: they and their products stay in a core's cache."""
 PROBED = 256
 """About how many elements of a tensor go into a digest that must be cheap."""
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
@@ -117,20 +125,39 @@ def load_base(
     if config is not None:
         check_quantised(model, quantization)
     if device == "balanced":
-        parts = getattr(model, "hf_device_map", {})
-        if {"cpu", "disk"} & set(map(str, parts.values())):
-            raise InputError(f"model_name_or_path {name!r} does not fit into {torch.cuda.device_count()} GPUs")
-        _cross_between(parts, model)
+        _check_spread(model, name)
+        _cross_between_blocks(model)
     return model.eval(), tokenizer
 
 
-def _cross_between(parts: Container[str], model: nn.Module) -> None:
-    """Let inputs change devices where a part begins only. accelerate looks at the inputs of every module, at decoding's
-    expense, and its ways into linear layers are in the way of a population's."""
-    for name, module in model.named_modules():
-        if name and name not in parts and hasattr(module, "_hf_hook"):
-            remove_hook_from_module(module)
-            del module.forward  # the class has the same
+def _check_spread(model: Any, name: str) -> None:
+    used, there = set(map(str, getattr(model, "hf_device_map", {}).values())), torch.cuda.device_count()
+    if {"cpu", "disk"} & used:
+        raise InputError(
+            f"model_name_or_path {name!r} does not fit into the memory of the GPUs, of which torch sees {there}"
+        )
+    if len(used) < there:
+        logger.warning(
+            "%s is spread over %d of %d GPUs: its layers are too few or too large for more", name, len(used), there
+        )
+
+
+def _cross_between_blocks(model: Any) -> None:
+    """Let accelerate look at the inputs of a decoder block, which is never split, and not at those of the modules inside,
+    for which decoding would pay."""
+    uses = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for block in blocks_of(model):
+        for module in block.modules():
+            if module is not block and uses[id(module)] == 1 and "_hf_hook" in vars(module):
+                remove_hook_from_module(module)
+                if getattr(module.forward, "__func__", None) is type(module).forward:
+                    del module.forward
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a transformers model or of one inside a PeftModel."""
+    kinds = bare(model)._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:
@@ -218,7 +245,21 @@ def merge_adapter(model: Any) -> Any:
     """The transformers model inside a PeftModel, with the one active LoRA adapter added to its weights."""
     if not isinstance(model, PeftModel):
         raise InputError(f"to merge its adapter, the model must be a PeftModel, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            vars(module)["get_delta_weight"] = functools.partial(_delta_weight, module)
     return model.merge_and_unload(adapter_names=[adapter_name(model)])
+
+
+def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
+    """scaling B A, with the same bits on every device: a driver and its workers merge on their own, and compare."""
+    a, b = (part[adapter].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
+    delta = b.new_zeros(len(b), a.shape[1])
+    for rows, of_b in zip(delta.split(MERGED_ROWS), b.split(MERGED_ROWS), strict=True):
+        for row, column in zip(a, of_b.mT, strict=True):
+            rows += column[:, None] * row
+    delta *= layer.scaling[adapter]
+    return delta.mT if layer.fan_in_fan_out else delta
 
 
 def with_adapter(model: Any, adapter: str | None, *, of_weights: bool) -> Any:

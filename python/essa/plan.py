@@ -277,8 +277,8 @@ def plan(
     Args:
         name: folder or hub name of the model.
         gpus: to plan for, in all.
-        gpus_per_worker: that the layers of a worker's model are spread over. They add up their memory; each works while
-            the others wait.
+        gpus_per_worker: that the layers of a worker's model are spread over, evenly. They add up their memory; each works
+            while the others wait.
         gpu: one of `GPUS`, or "measure": this machine's rates, on the model itself.
         memory: GiB of a GPU; None for the data sheet's.
         row_budget: sequences to a chunk; None: a worker's share of a generation, or as many as fit.
@@ -290,8 +290,8 @@ def plan(
 
     if row_budget is not None and row_budget < 1:
         raise InputError(f"row_budget must be at least 1, got {row_budget}")
-    if gpus_per_worker > gpus:
-        raise InputError(f"gpus_per_worker must be at most gpus, {gpus}, got {gpus_per_worker}")
+    if gpus % gpus_per_worker:
+        raise InputError(f"gpus must be a multiple of gpus_per_worker, {gpus_per_worker}, got {gpus}")
     if gpu == "measure" and gpus_per_worker > 1:
         raise InputError(f"gpus_per_worker must be 1 with gpu 'measure', got {gpus_per_worker}")
     if memory is not None and not (math.isfinite(memory) and memory > 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from essa.models import blocks_of
 from essa.plan import Job, Shape, row_bytes
 from essa.rollout import generate
 from essa_kernels.nn import POINT
@@ -42,10 +44,7 @@ def choose_row_budget(
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     dtype = str(weight.dtype).removeprefix("torch.")
     job = Job(1, 1, len(processing_class(prompt)["input_ids"]), max_new_tokens, dtype=dtype)
-    devices = {parameter.device for parameter in model.parameters()}
-    # A model spread over several has an equal share of its layers, and of their cache, on each.
-    free = len(devices) * min(map(free_memory_of, devices))
-    fitting = MEMORY_USED * free / row_bytes(Shape.of(model.config), job)
+    fitting = MEMORY_USED * free_memory_for(model) / row_bytes(Shape.of(model.config), job)
     rates: dict[int, float] = {}
     rows = min(FIRST, most)
     while True:
@@ -74,6 +73,14 @@ def _tokens_a_second(model: nn.Module, processing_class: Any, space: Any, prompt
         return rollout.tokens / rollout.seconds
 
     return max(rate() for _ in range(2))
+
+
+def free_memory_for(model: nn.Module) -> float:
+    """Bytes that are free for a model's activations and cache, which lie where its blocks do: until a device is full."""
+    places = collections.Counter(next(block.parameters()).device for block in blocks_of(model))
+    if len(places) < 2:
+        return free_memory_of(next(model.parameters()).device)
+    return min(free_memory_of(device) * places.total() / blocks for device, blocks in places.items())
 
 
 def free_memory_of(device: torch.device) -> int:

@@ -9,10 +9,21 @@ import pytest
 import torch
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import PROBED, context_length, fingerprint, load_adapter, load_base, pick_device, probe, tokenizer_of
+from essa.models import (
+    PROBED,
+    context_length,
+    fingerprint,
+    load_adapter,
+    load_base,
+    merge_adapter,
+    pick_device,
+    probe,
+    tokenizer_of,
+)
 from essa.rollout import generate
 from essa.scoring import log_probabilities
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from essa_kernels.nn import SVDLoRA
 
@@ -98,6 +109,31 @@ def test_a_probe_is_small_and_meets_every_column():
     seen = np.frombuffer(probe(columns), dtype=np.float32)
     assert len(seen) <= PROBED and len(set(seen)) > PROBED / 2
     assert probe(torch.tensor(3.0)) == np.float32(3).tobytes()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_merging_rounds_one_operation_at_a_time(turned):
+    """As any device rounds alike: numpy's float32 arithmetic, which fuses nothing, makes the same weights to the bit."""
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=20)
+        if turned
+        else AutoConfig.for_model("llama", hidden_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=20)
+    )
+    name = "c_fc" if turned else "q_proj"
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, target_modules=[name], fan_in_fan_out=turned))
+    (layer,) = (module for module in model.modules() if hasattr(module, "lora_A"))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    a, b, weight = (part.detach().numpy() for part in (
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight.clone()
+    ))  # fmt: skip
+    delta = np.zeros((len(b), a.shape[1]), np.float32)
+    for rank in range(3):
+        delta = delta + b[:, rank, None] * a[rank]
+    delta = delta * np.float32(7 / 3)
+    merged = merge_adapter(model).get_submodule(
+        "transformer.h.0.mlp.c_fc" if turned else "model.layers.0.self_attn.q_proj"
+    )
+    assert np.array_equal(merged.weight.detach().numpy(), weight + (delta.T if turned else delta))
 
 
 def test_devices_and_context(base):

@@ -154,7 +154,7 @@ def test_the_command(tmp_path):
         (["--row_budget", "100000"], "row_budget: "),
         (["--row_budget", "0"], "row_budget must be at least 1, got 0"),
         (["--memory", "nan"], "memory must be a positive number of GiB, got nan"),
-        (["--gpus_per_worker", "2"], "gpus_per_worker must be at most gpus, 1, got 2"),
+        (["--gpus_per_worker", "2"], "gpus must be a multiple of gpus_per_worker, 2, got 1"),
         (
             ["--gpus", "2", "--gpus_per_worker", "2", "--gpu", "measure"],
             "gpus_per_worker must be 1 with gpu 'measure', got 2",

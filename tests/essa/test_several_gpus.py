@@ -14,8 +14,9 @@ from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
 from essa.models import ModelSource, load_base, weight_digests
 from essa.rollout import generate
-from essa.row_budget import choose_row_budget
+from essa.row_budget import free_memory_for
 from essa.workers import Recipe, Replica, pack, unpack
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from essa_kernels import NoiseKey
 from essa_kernels.nn import LowRankNoise, Perturbed
@@ -38,15 +39,17 @@ METHODS = {
     "lowrank": {"strategy": "es", "parametrization": "lowrank", "optimizer": "momentum", "perturbation": "completion"},
     "full": {"strategy": "es", "parametrization": "full", "population_size": 4, "weight_decay": 0.1},
 }
+MEMBERS = Perturbed(NoiseKey(5), 0.05, range(4))
 SMALL = {"generations": 3, "row_budget": 24}
 
 
-def spread(model):
+def spread(model, parts=None):
     """As transformers' device_map "balanced" does on two GPUs."""
-    for part, device in PLACES.items():
+    parts = PLACES if parts is None else parts
+    for part, device in parts.items():
         model.get_submodule(part).to(device)
     model.tie_weights()
-    return dispatch_model(model, PLACES, main_device=FIRST, skip_keys=model._skip_keys_device_placement)
+    return dispatch_model(model, parts, main_device=FIRST, skip_keys=model._skip_keys_device_placement)
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_a_worker_of_two_gpus_agrees_with_a_driver_on_the_cpu(make_trainer, warm
     weights = weight_digests(trainer.model)
     trainer.train()
     *history, last = [record for record in Run.read(trainer.args.output_dir).records if "rewards" in record]
-    args = dataclasses.replace(trainer.args, gpus_per_worker=2)
+    args = dataclasses.replace(trainer.args, num_workers=1, gpus_per_worker=2)
     source = ModelSource(str(BASE_MODEL), warm_start)
     recipe = Recipe(source, args, None, trainer.train_prompts, trainer.eval_prompts, "exact_match", weights)
     asked = {"generation": 2, "prompts": last["prompts"], "epoch": 0.0, "history": history}
@@ -126,8 +129,7 @@ def test_a_model_that_its_owner_has_spread_can_be_searched(gpus, tokenizer):
     def completions(model):
         space = LowRankNoise(model)
         before = [vars(module).get("forward") for module in model.modules()]
-        members = Perturbed(NoiseKey(5), 0.05, range(4))
-        rollout = generate(model, tokenizer, ["3+4=", "12+7="], space=space, values=members, max_new_tokens=4)
+        rollout = generate(model, tokenizer, ["3+4=", "12+7="], space=space, values=MEMBERS, max_new_tokens=4)
         assert [vars(module).get("forward") for module in model.modules()] == before
         return rollout.completions
 
@@ -137,26 +139,85 @@ def test_a_model_that_its_owner_has_spread_can_be_searched(gpus, tokenizer):
         assert completions(spread(model)) == alone
 
 
-def test_row_budget_counts_the_memory_of_all_gpus(make_trainer, gpus, monkeypatch):
-    monkeypatch.setattr("essa.row_budget._tokens_a_second", lambda *arguments: arguments[-2])
+def test_memory_is_counted_where_the_blocks_are(gpus):
+    """One block of three on a GPU with 2 MiB, two on one with 4: each is full when there are 6 in all."""
     with gpus():
-        alone = make_trainer("alone", device="cuda")
-        both = make_trainer("both", device="balanced")
-        one, two = (
-            choose_row_budget(
-                run.model, run.processing_class, run.search.space, ["3+4="], most=2**20, max_new_tokens=8
-            )[0]
-            for run in (alone, both)
-        )
-    assert two == 2 * one
+        alone, _ = load_base(str(BASE_MODEL), device="cuda")
+        both, _ = load_base(str(BASE_MODEL), device="balanced")
+        assert free_memory_for(alone) == 2 * 2**20 and free_memory_for(both) == 6 * 2**20
+
+
+WHOLE_LAYERS = {
+    "model.layers": SECOND,
+    "model.embed_tokens": FIRST,
+    "model.rotary_emb": SECOND,
+    "model.norm": SECOND,
+    "lm_head": FIRST,
+}
+
+
+def test_a_list_of_layers_may_be_one_part(gpus, monkeypatch, tokenizer):
+    """accelerate's map has it so where the first GPU has room for the embedding alone; a list has no forward to hook."""
+    monkeypatch.setattr(f"{__name__}.PLACES", WHOLE_LAYERS)
+    alone, _ = load_base(str(BASE_MODEL), device="cpu")
+    with gpus():
+        model, _ = load_base(str(BASE_MODEL), device="balanced")
+        assert places(model) == {FIRST, SECOND}
+        got = generate(model, tokenizer, ["3+4=", "12+7="], max_new_tokens=4).completions
+    assert got == generate(alone, tokenizer, ["3+4=", "12+7="], max_new_tokens=4).completions
+
+
+def test_a_layer_that_is_a_part_is_given_its_input_on_its_own_gpu(gpus):
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=16
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(12).view(4, 3)
+
+    def logits(model, device):
+        space = LowRankNoise(model)
+        assert "model.decoder.project_out" in space.names
+        with torch.inference_mode(), space.attach(MEMBERS) as population:
+            population.assign(torch.arange(5))
+            return model(input_ids=ids.to(device)).logits.cpu()
+
+    alone = logits(model, "cpu")
+    parts = ("embed_tokens", "embed_positions", "final_layer_norm", "project_out", "project_in", "layers")
+    on = {f"model.decoder.{part}": SECOND if part == "layers" else FIRST for part in parts} | {"lm_head": FIRST}
+    with gpus():
+        torch.testing.assert_close(logits(spread(model, on), FIRST), alone)
+
+
+def test_a_forward_put_over_accelerates_hook_is_refused(gpus, monkeypatch):
+    model, _ = load_base(str(BASE_MODEL), device="cpu")
+    space, (_, layer) = LowRankNoise(model), LowRankNoise(model)._layers[0]
+    with gpus():
+        spread(model)
+        for attribute in ("forward", "_old_forward"):
+            with monkeypatch.context() as patch:
+                patch.setitem(vars(layer), attribute, lambda x: x)
+                with pytest.raises(RuntimeError, match="has been replaced already"), space.attach(MEMBERS):
+                    pass
+        with space.attach(MEMBERS):
+            pass
+
+
+def test_fewer_gpus_than_there_are_is_said(gpus, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with gpus():
+        load_base(str(BASE_MODEL), device="balanced")
+    assert "base_model is spread over 2 of 4 GPUs" in caplog.text
 
 
 def test_what_cannot_be_spread_is_refused(gpus, monkeypatch):
     with pytest.raises(InputError, match="device must be auto, cpu, cuda, cuda:N or balanced, got 'all'"):
         load_base(str(BASE_MODEL), device="all")
-    monkeypatch.setitem(PLACES, "model.norm", "cpu")
-    with gpus(), pytest.raises(InputError, match="base_model' does not fit into 2 GPUs"):
-        load_base(str(BASE_MODEL), device="balanced")
+    model, _ = load_base(str(BASE_MODEL), device="cpu")
+    monkeypatch.setattr(f"{__name__}.spread", lambda _: model)
+    for elsewhere in ("cpu", "disk"):
+        model.hf_device_map = {"model": FIRST, "lm_head": elsewhere}
+        with pytest.raises(InputError, match="does not fit into the memory of the GPUs, of which torch sees 2"):
+            load_base(str(BASE_MODEL), device="balanced")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="device 'balanced' spreads a model over GPUs, torch sees none"):
         load_base(str(BASE_MODEL), device="balanced")

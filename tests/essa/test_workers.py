@@ -191,6 +191,11 @@ def test_bad_worker_settings_are_named(make_trainer, warm_start):
     for settings, message in (
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0"),
         ({"ray_address": "auto"}, "ray_address needs num_workers of at least 1"),
+        ({"gpus_per_worker": 2}, "gpus_per_worker needs num_workers of at least 1"),
+        (
+            {"num_workers": 1, "device": "balanced"},
+            "device 'balanced' with num_workers needs gpus_per_worker of at least 2",
+        ),
         ({"num_workers": 1, "gpus_per_worker": -1}, "gpus_per_worker must be a finite number of at least 0"),
         ({"num_workers": 1, "gpus_per_worker": 2.5}, "gpus_per_worker above 1 must be a whole number, got 2.5"),
         (

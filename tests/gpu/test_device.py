@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from essa.strategies import make_strategy
 
 from essa_kernels import (
     NoiseKey,
@@ -23,6 +25,7 @@ from essa_kernels import (
     svd_lora_linear,
     svd_lora_shrink,
 )
+from essa_kernels.nn import LowRankNoise
 
 from .problems import DTYPES, H_ERROR, SHAPES, assert_h, assert_y, problem
 
@@ -258,3 +261,33 @@ def test_the_current_device_does_not_matter(on_gpu, seed):
         noise = gaussian((3, 100), KEY, device="cuda:1", backend=on_gpu)
     assert_y(p.y, p._replace(y=y))
     assert torch.equal(noise.cpu(), gaussian((3, 100), KEY))
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "momentum"}, {"optimizer": "adam", "weight_decay": 0.1}], ids=str)
+def test_optimisers_step_as_on_the_cpu(settings):
+    """To the bit, so that a driver on the CPU and its workers on GPUs agree on where the search is."""
+    points = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1134, 257), torch.nn.Linear(257, 64)).to(device)
+        space = LowRankNoise(model)
+        strategy = make_strategy(
+            "es", space=space, dim=1, population_size=16, prompts_per_generation=4, seed=3, **settings
+        )
+        for generation in range(4):
+            strategy.tell(generation, np.random.default_rng(generation).random((16, 4)), None)
+        points[device] = [parameter.cpu() for parameter in space.parameters]
+    for one, other in zip(*points.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_a_list_may_span_gpus(seed):
+    start = [torch.randn(100, 1134), torch.randn(77), torch.randn(64, 130)]
+    weights = torch.randn(31)
+    tensors = [tensor.to(f"cuda:{i % 2}") for i, tensor in enumerate(start)]
+    for given in (start, tensors):
+        perturb_(given, KEY, 7, 0.02)
+        es_update_(given, KEY, weights)
+    for got, expected in zip(tensors, start, strict=True):
+        assert torch.equal(got.cpu(), expected)

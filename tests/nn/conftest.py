@@ -22,6 +22,19 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GPT_NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 ALTERNATING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 
+QWEN3_NEXT = {
+    **LLAMA_LIKE,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+
 # model_type -> (configuration, layers to adapt)
 FAMILIES = {
     "qwen2": (LLAMA_LIKE, SEVEN),
@@ -33,6 +46,11 @@ FAMILIES = {
     "phi3": (LLAMA_LIKE, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     "gpt_neox": (GPT_NEOX, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "gpt2": (GPT2, ["c_attn", "c_proj", "c_fc"]),
+    "lfm2": (
+        {**LLAMA_LIKE, "layer_types": ["conv", "full_attention"]},
+        ["in_proj", "out_proj", "q_proj", "v_proj", "w1"],
+    ),
+    "qwen3_next": (QWEN3_NEXT, ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
+import threadpoolctl
 
 import essa_kernels
 from essa_kernels.nn import Perturbed
 from essa_kernels.noise import STRATEGY_SITE
 
+BLAS = threadpoolctl.ThreadpoolController()
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Scores completions: for members int64 [rows] and offsets float32 [rows, dim], the mean log-probability per token of the
 completion that each member gave (to its first prompt, if to several), under a model at the row's offset: float64 [rows].
@@ -60,6 +63,11 @@ def standard_normal(shape: tuple[int, int], seed: int, generation: int, draw: in
     """A generation's standard normals: float64 [rows, cols], from the noise contract. Draws are independent."""
     key = essa_kernels.NoiseKey(seed, generation, STRATEGY_SITE)
     return essa_kernels.gaussian(shape, key, 2 * draw, device="cpu").numpy().astype(np.float64)
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """For numpy's products, whose bits depend on its threads: a search must be the same wherever it is replayed."""
+    return BLAS.limit(limits=1, user_api="blas")
 
 
 def check_rewards(rewards: np.ndarray, members: int, prompts: int | None = None) -> np.ndarray:

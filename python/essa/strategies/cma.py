@@ -7,12 +7,8 @@ import warnings
 
 import cma
 import numpy as np
-import threadpoolctl
 
-from essa.strategies.base import Score, check_rewards, standard_normal
-
-# The bits of numpy's products depend on its threads; a search must be the same wherever it is replayed.
-BLAS = threadpoolctl.ThreadpoolController()
+from essa.strategies.base import Score, check_rewards, one_blas_thread, standard_normal
 
 
 class CMA:
@@ -64,7 +60,7 @@ class CMA:
         if generation != self._generation:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         if self._candidates is None:
-            with BLAS.limit(limits=1, user_api="blas"):
+            with one_blas_thread():
                 self._candidates = self._search.ask()
         return np.array(self._candidates, dtype=np.float32)
 
@@ -72,7 +68,7 @@ class CMA:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
         self.ask(generation)
         rewards = check_rewards(rewards, self.population_size)
-        with BLAS.limit(limits=1, user_api="blas"):
+        with one_blas_thread():
             self._search.tell(self._candidates, list(-rewards.mean(axis=1)))
         self._candidates = None
         self._generation += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from essa.strategies.ascent import Ascent
-from essa.strategies.base import Score, check_rewards, standard_normal
+from essa.strategies.base import Score, check_rewards, one_blas_thread, standard_normal
 from essa.strategies.shaping import within_prompt
 
 
@@ -73,7 +73,9 @@ class ESPerCompletion:
         counted = np.count_nonzero(scores)
         if counted:
             pairs = scores[0::2] - scores[1::2]
-            self._ascent.step(pairs @ self._noise() / (counted * self.sigma))
+            with one_blas_thread():
+                gradient = pairs @ self._noise()
+            self._ascent.step(gradient / (counted * self.sigma))
         self._ascent.end_generation(generation)
         self._generation += 1
 
