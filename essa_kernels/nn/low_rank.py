@@ -88,14 +88,12 @@ class LowRankNoise(Attaching, Weights):
 
 
 def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """The linear layers of a transformers model but for its output layer and routed experts, sorted by name."""
+    """The linear layers of a transformers model but for its output layer, routed experts and their routers, by name."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or _is_transposed(module))
-        and module is not head
-        and ".experts." not in f".{name}."
+        if (_is_linear(module) or _is_transposed(module)) and module is not head and ".experts." not in f".{name}."
     ]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no linear layer besides its output layer")
@@ -106,6 +104,11 @@ def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
         if (owner := owners.setdefault(id(module.weight), name)) != name:
             raise ValueError(f"model: {owner} and {name} share a weight, which would be perturbed twice")
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, and not one of the routers that inherit from it and return choices too."""
+    return isinstance(module, nn.Linear) and "Router" not in type(module).__name__
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -179,7 +179,7 @@ class _Decoder:
         assign: Callable[[Tensor], None] | None = None,
     ) -> list[list[int]]:
         """The tokens each row generates. `assign` is told which rows the batch holds, at first and when some leave."""
-        inputs, padded = self._prompt_inputs(prompts)
+        inputs, mask, positions = self._prompt_inputs(prompts)
         rows = torch.arange(len(prompts), device=self.device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         generated = torch.zeros(len(prompts), self.max_new_tokens, dtype=torch.int64, device=self.device)
@@ -187,11 +187,14 @@ class _Decoder:
         if assign is not None:
             assign(rows)
         for step in range(self.max_new_tokens):
-            mask, positions = padded or (None, None)
             output = self.model(
                 input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, **self.options
             )
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise InputError(
+                    f"model must return past_key_values to be decoded, {type(self.model).__name__} does not"
+                )
             tokens = pick(output.logits[:, -1], rows, step)
             generated[rows, step] = tokens
             ended |= torch.isin(tokens, self.ends)
@@ -203,25 +206,23 @@ class _Decoder:
                 rows, tokens, ended = rows[keep], tokens[keep], ended[keep]
                 # Meant for beams, it takes fewer rows too, and unlike batch_select_indices every kind of layer has it.
                 cache.reorder_cache(keep)
-                if padded is not None:
-                    padded = padded[0][keep], padded[1][keep]
+                mask, positions = None if mask is None else mask[keep], positions[keep]
                 if assign is not None:
                     assign(rows)
             inputs = tokens.unsqueeze(1)
-            if padded is not None:
-                mask, positions = padded
-                padded = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+            positions = positions[:, -1:] + 1
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return self._until_end(generated)
 
-    def _prompt_inputs(self, prompts: list[list[int]]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Token ids [rows, length], padded on the left; mask and positions, or None where nothing is padded."""
+    def _prompt_inputs(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Token ids [rows, length], padded on the left; mask, or None where nothing is padded; positions."""
         length = max(map(len, prompts))
         ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        if all(len(prompt) == length for prompt in prompts):
-            return ids, None
         padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=self.device)
         positions = torch.arange(length, device=self.device) - padding
-        return ids, ((positions >= 0).long(), positions.clamp(min=0))
+        is_padded = any(len(prompt) < length for prompt in prompts)
+        return ids, (positions >= 0).long() if is_padded else None, positions.clamp(min=0)
 
     def _until_end(self, generated: Tensor) -> list[list[int]]:
         is_end = torch.isin(generated, self.ends)

@@ -8,7 +8,7 @@ from essa.config import InputError
 from essa.rollout import generate
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from essa_kernels.nn import SVDLoRA
 
@@ -201,6 +201,15 @@ def test_bad_input(model, tokenizer, space, values, changes, message):
     arguments = {"prompts": RAGGED, "space": space, "values": values, "max_new_tokens": 10, **changes}
     with pytest.raises(InputError, match=message):
         generate(model, tokenizer, arguments.pop("prompts"), **arguments)
+
+
+def test_a_model_that_keeps_its_state_elsewhere_is_refused(tokenizer):
+    config = Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, n_groups=1
+    )
+    model = Mamba2ForCausalLM(config)
+    with pytest.raises(InputError, match="model must return past_key_values to be decoded, Mamba2ForCausalLM does not"):
+        generate(model, tokenizer, EQUAL, max_new_tokens=3)
 
 
 def test_another_models_tokenizer_is_refused(model):

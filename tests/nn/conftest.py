@@ -34,6 +34,7 @@ QWEN3_NEXT = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
+BAMBA = {**LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 
 # model_type -> (configuration, layers to adapt)
 FAMILIES = {
@@ -50,6 +51,7 @@ FAMILIES = {
         {**LLAMA_LIKE, "layer_types": ["conv", "full_attention"]},
         ["in_proj", "out_proj", "q_proj", "v_proj", "w1"],
     ),
+    "bamba": ({**BAMBA, "mamba_n_groups": 1}, ["q_proj", "v_proj", "gate_proj"]),
     "qwen3_next": (QWEN3_NEXT, ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]),
 }
 

@@ -48,6 +48,10 @@ def test_greedy_completions_are_those_of_each_member_in_peft(model, tokenizer):
     values = perturbed(space, MEMBERS)
     rollout = generate(model, tokenizer, PROMPTS, space=space, values=values, max_new_tokens=12)
 
+    without_padding = generate(model, tokenizer, PROMPTS[:1], space=space, values=values, max_new_tokens=12)
+    for completions, (alone,) in zip(rollout.completions, without_padding.completions, strict=True):
+        assert alone.token_ids == completions[0].token_ids
+
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     own = space.spectrum.clone()
     for member in range(MEMBERS):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from essa_kernels import NoiseKey, gaussian, rademacher
 from essa_kernels.nn import POINT, FullWeights, LoRAFactors, LowRankNoise, Perturbed, SingularValues
 
-from .conftest import build, build_base
+from .conftest import LLAMA_LIKE, VOCABULARY, build, build_base
 
 IDS = torch.tensor([[7, 3, 40, 12, 2], [30, 11, 4, 25, 9], [5, 5, 8, 41, 6]])
 KEY = NoiseKey(2**64 - 3, generation=5)
@@ -198,6 +198,18 @@ def test_tied_weights_are_one():
     names = FullWeights(model).names
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
     assert names == sorted(names)
+
+
+def test_routers_are_left_as_they_are():
+    """Llama 4's is a linear layer by inheritance, and returns a choice of experts too."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48}
+    config = AutoConfig.for_model("llama4_text", vocab_size=VOCABULARY, pad_token_id=0, **LLAMA_LIKE, **experts)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    space = LowRankNoise(model)
+    assert not any("router" in name for name in space.names) and any("shared_expert" in name for name in space.names)
+    both = batched(space, model, range(2))
+    torch.testing.assert_close(both[0], batched(space, model, range(1))[0])
+    assert (both[0] - both[1]).abs().max() > 1e-3
 
 
 def test_linear_layers_that_share_a_weight_are_refused():
