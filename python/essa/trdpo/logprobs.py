@@ -49,7 +49,9 @@ def install(model: nn.Module) -> None:
         if completions is None:
             return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
         index, labels = completions
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        # A text model cut out of a larger one, such as Llama 4's, does not know its own base.
+        decoder = self.model if self.base_model is self else self.base_model
+        hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         rows = hidden.reshape(-1, hidden.shape[-1])[index].to(head.weight.dtype)
         return linear_logprob(rows, head.weight, labels, getattr(head, "bias", None), **settings)

@@ -23,6 +23,21 @@ SMALL = {
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 # name -> class, settings that make its peculiarities matter at this size
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -41,6 +56,17 @@ FAMILIES = {
     "cohere2": ("Cohere2", {"logit_scale": 0.4, **WINDOW}),
     "olmo2": ("Olmo2", {}),
     "starcoder2": ("Starcoder2", {"sliding_window": 7}),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "ernie4_5": ("Ernie4_5", {}),
+    "exaone4-window": ("Exaone4", WINDOW),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "ministral-window": ("Ministral", {"head_dim": 8, **WINDOW}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo3-window": ("Olmo3", WINDOW),
+    "phi": ("Phi", {}),
+    "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, **MOE}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
 }
 
 
