@@ -53,6 +53,8 @@ class Shape:
     Attributes:
         linear, head, embedding: parameters of the linear layers, of the output head, and of the input embedding (0 where
             it is the head's).
+        experts: parameters of routed experts, which are not linear layers and stay as they are when those are quantised.
+        active: the part of the experts that a token is routed to.
         layers, hidden, intermediate, vocabulary: sizes.
         kv: elements that one token adds to the KV cache.
     """
@@ -65,6 +67,17 @@ class Shape:
     intermediate: int
     vocabulary: int
     kv: int
+    experts: int = 0
+    active: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.experts + self.head + self.embedding
+
+    @property
+    def flops(self) -> float:
+        """Of a token in all layers."""
+        return 2.0 * (self.linear + self.active * self.experts)
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -76,6 +89,7 @@ class Shape:
             model = AutoModelForCausalLM.from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+        experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3]
         text = config.get_text_config()
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -89,6 +103,8 @@ class Shape:
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             vocabulary=head.weight.shape[0],
             kv=2 * text.num_hidden_layers * kv_heads * head_size,
+            experts=sum(weight.numel() for weight in experts),
+            active=text.num_experts_per_tok / len(experts[0]) if experts else 1.0,
         )
 
 
@@ -117,7 +133,7 @@ class Job:
 def weight_bytes(shape: Shape, job: Job) -> float:
     """Bytes of the base model."""
     linear = QUANTISED_BYTES.get(job.quantization, BYTES[job.dtype])
-    return shape.linear * linear + (shape.head + shape.embedding) * BYTES[job.dtype]
+    return shape.linear * linear + (shape.experts + shape.head + shape.embedding) * BYTES[job.dtype]
 
 
 def row_bytes(shape: Shape, job: Job) -> float:
@@ -157,12 +173,11 @@ def rates_of_gpu(shape: Shape, job: Job, row_budget: int, gpu: str) -> Rates:
     """From a data sheet: prompts are bound by arithmetic, steps by reading weights and cache or by arithmetic."""
     flops, bandwidth, _ = GPUS[gpu]
     flops, bandwidth = flops * FLOPS_REACHED, bandwidth * BANDWIDTH_REACHED
-    per_token = 2.0 * shape.linear
     head = 2.0 * shape.head * row_budget
     cache = shape.kv * (job.prompt_tokens + job.new_tokens / 2) * BYTES[job.dtype] * row_budget
-    prefill = (per_token * job.prompt_tokens * row_budget + head) / flops
+    prefill = (shape.flops * job.prompt_tokens * row_budget + head) / flops
     reading = (weight_bytes(shape, job) + cache) / bandwidth
-    step = max(reading, (per_token * row_budget + head) / flops) + shape.layers * STEP_OVERHEAD
+    step = max(reading, (shape.flops * row_budget + head) / flops) + shape.layers * STEP_OVERHEAD
     return Rates(prefill + shape.layers * STEP_OVERHEAD, step)
 
 
@@ -316,6 +331,10 @@ def plan(
         raise InputError(
             f"model_name_or_path {name!r} must be a causal language model, got {config.model_type}: {error}"
         ) from error
+    if shape.experts and quantization != "none":
+        raise InputError(
+            f"quantization must be none, the experts of a {config.model_type} cannot be quantised, got {quantization!r}"
+        )
     job = Job(members, prompts, prompt_tokens, new_tokens, dtype, quantization)
     if memory is None and gpu == "measure":
         from essa.row_budget import free_memory_of
@@ -341,7 +360,7 @@ def plan(
     seconds = generation_seconds(job, rates(rows), rows, workers)
     return {
         "model": name,
-        "parameters": shape.linear + shape.head + shape.embedding,
+        "parameters": shape.parameters,
         "workers": workers,
         "gpu": gpu,
         "gpus_per_worker": gpus_per_worker,

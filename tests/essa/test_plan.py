@@ -132,6 +132,31 @@ def test_rates_between_measurements():
     assert rates(20) == Rates(5.0, pytest.approx(0.3)) and rates(1) == Rates(1.0, 0.1)
 
 
+def test_experts_count_and_compute_in_part(tmp_path):
+    """Qwen3-30B-A3B: 30.5 billion parameters, of which a token takes 3.3 (its model card)."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        tie_word_embeddings=False,
+    )
+    shape = Shape.of(config)
+    assert shape.experts == 48 * 128 * 3 * 2048 * 768 and shape.active == 8 / 128
+    assert shape.parameters == pytest.approx(30.5e9, rel=0.002)
+    assert shape.flops / 2 + shape.head + shape.embedding == pytest.approx(3.3e9, rel=0.02)
+    assert weight_bytes(shape, JOB) == 2 * shape.parameters
+    config.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), "--quantization", "int8"])
+    assert result.exit_code == 2 and "the experts of a qwen3_moe cannot be quantised" in result.stderr
+
+
 def test_the_command(tmp_path):
     QWEN_7B.save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), "--gpus", "16"])

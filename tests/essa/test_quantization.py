@@ -78,6 +78,24 @@ def test_a_model_that_arrives_quantised_is_taken_as_it_is(warm_start, problems, 
         load_base(str(tmp_path / "model"), quantization="int8")
 
 
+def test_routed_experts_are_named(tokenizer, tmp_path):
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 16,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=64, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load_base(str(tmp_path))
+    message = "'int8': the experts of Qwen3MoeForCausalLM, 70% of its parameters, cannot be quantised"
+    with pytest.raises(InputError, match=message):
+        load_base(str(tmp_path), quantization="int8")
+
+
 def test_what_cannot_be_quantised_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="quantization must be one of none, int8, int4, got 'int3'"):
         load_base(str(BASE_MODEL), quantization="int3")
