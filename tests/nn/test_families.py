@@ -8,13 +8,15 @@ from essa.rollout import generate
 
 from essa_kernels.nn import SVDLoRA
 
-from .conftest import ENDS, FAMILIES, build, perturbed
+from .conftest import ENDS, FAMILIES, MORE_FAMILIES, build, perturbed
 
 MEMBERS = 3
 PROMPTS = ["7 3 40 12 21 33 8 15 2", "30 11 4", "25", "6 6 14 44 38 20 17"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)]
+)
 def model(request):
     return build(request.param)
 
