@@ -9,6 +9,7 @@ from .parametrization import POINT, Parametrization, Perturbed
 from .population import Population
 from .singular_values import SingularValues
 from .svd_lora import SVDLoRA
+from .weights import named_text_weights
 
 __all__ = [
     "POINT",
@@ -20,4 +21,5 @@ __all__ = [
     "Population",
     "SVDLoRA",
     "SingularValues",
+    "named_text_weights",
 ]

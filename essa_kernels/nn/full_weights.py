@@ -11,11 +11,11 @@ from torch import Tensor
 from .. import NoiseKey, es_update_, perturb_
 from .parametrization import Perturbed
 from .population import Attaching, Population
-from .weights import Weights, check_bare, check_floating
+from .weights import Weights, check_bare, check_floating, named_text_weights
 
 
 class FullWeights(Attaching, Weights):
-    """Every weight of a model, each member's with noise of its own.
+    """Every weight of a model that text goes through, each member's with noise of its own.
 
     The model computes one member at a time: its weights are perturbed in place, and afterwards copied back from the
     point, which is stored. They are never un-perturbed by arithmetic, which would round, so nothing drifts. Beside the
@@ -39,7 +39,7 @@ class FullWeights(Attaching, Weights):
 
     def __init__(self, model: Any, *, distribution: str = "gaussian") -> None:
         check_bare(model)
-        weights = sorted(model.named_parameters())
+        weights = named_text_weights(model)
         for name, weight in weights:
             check_floating(name, weight)
         self.names = [name for name, _ in weights]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .weights import named_text_weights
+
 MAKE_ONE = "make one with peft.get_peft_model(model, peft.LoraConfig(...)) and train it, or with `essa sft`"
 
 # LoraConfig field -> what it adds to a layer
@@ -39,12 +41,16 @@ def find_lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, Any
 
     _check_config(model, adapter_name)
     found: list[tuple[str, Any]] = []
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    of_text = {id(weight) for _, weight in named_text_weights(base)}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             name = name.removeprefix("base_model.model.")
             check_active(name, module, adapter_name)
             if adapter_name in module._get_available_adapters():
                 _check_layer(name, module, adapter_name)
+                if id(module.lora_A[adapter_name].weight) not in of_text:
+                    raise ValueError(f"{name}: LoRA on what text does not go through is not supported")
                 found.append((name, module))
     if not found:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import NoiseKey, lowrank_perturbed, lowrank_update_
 from .parametrization import Perturbed, member_ids
 from .population import Attaching, Forward, Population, own_forward
-from .weights import Weights, check_bare, check_floating
+from .weights import Weights, check_bare, check_floating, named_text_weights
 
 
 class LowRankNoise(Attaching, Weights):
@@ -19,7 +19,7 @@ class LowRankNoise(Attaching, Weights):
 
     While a population is attached a layer computes ``x W^T`` as ever, and `lowrank_perturbed` adds each row's noise; the
     weights themselves change only between generations. The output layer is left as it is, since it is often the
-    embedding too, and so are routed experts, whose rows cannot be told apart by member.
+    embedding too, and so are routed experts, whose rows cannot be told apart by member, and what text does not go through.
 
     Args:
         model: a transformers model without adapters.
@@ -88,12 +88,16 @@ class LowRankNoise(Attaching, Weights):
 
 
 def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """The linear layers of a transformers model but for its output layer, routed experts and their routers, by name."""
+    """The linear layers that text goes through, but for the output layer, routed experts and their routers, by name."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    of_text = {id(weight) for _, weight in named_text_weights(model)}
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if (_is_linear(module) or _is_transposed(module)) and module is not head and ".experts." not in f".{name}."
+        if (_is_linear(module) or _is_transposed(module))
+        and module is not head
+        and id(module.weight) in of_text
+        and ".experts." not in f".{name}."
     ]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no linear layer besides its output layer")

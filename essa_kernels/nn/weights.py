@@ -69,6 +69,18 @@ class Weights:
         write_folder(Path(output_dir), fill)
 
 
+def named_text_weights(model: Any) -> list[tuple[str, Tensor]]:
+    """The weights that text goes through, sorted by name. No reward would tell of a multimodal model's others: they would
+    drift."""
+    parameters = sorted(model.named_parameters())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None:
+        return parameters
+    head = model.get_output_embeddings()
+    of_text = {id(weight) for part in (decoder, head) if part is not None for weight in part.parameters()}
+    return [(name, weight) for name, weight in parameters if id(weight) in of_text]
+
+
 def check_floating(name: str, weight: Tensor) -> None:
     """Raise unless a weight is a plain floating-point tensor, which noise can be added to."""
     if type(weight.data) is not Tensor or not weight.is_floating_point():

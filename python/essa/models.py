@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from essa.config import DTYPES, InputError
 from essa.hub import offline_note, reach_hub
 from essa.quantization import check_quantised, check_quantization, quantization_config
+from essa_kernels.nn import named_text_weights
 
 logger = logging.getLogger(__name__)
 
@@ -199,12 +200,17 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def lora_config(rank: int, alpha: int, target_modules: str) -> LoraConfig:
-    """A new adapter's configuration; `target_modules` are names separated by commas, or all-linear."""
+def lora_config(model: Any, rank: int, alpha: int, target_modules: str) -> LoraConfig:
+    """A model's new adapter's configuration; `target_modules` are names separated by commas, or all-linear. It adapts what
+    text goes through alone."""
     targets: str | list[str] = target_modules
     if target_modules != "all-linear":
         targets = [target.strip() for target in target_modules.split(",")]
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    of_text = {name.rpartition(".")[0] for name, _ in named_text_weights(model)}
+    other = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()} - of_text)
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=other or None, task_type="CAUSAL_LM"
+    )
 
 
 def load_adapter(model: Any, adapter: str | None) -> PeftModel:

@@ -44,7 +44,7 @@ def sft(
         raise InputError(f"output_dir {args.output_dir!r} is there already and not empty; choose another")
     examples = _examples(model, processing_class, dataset, args.chat_template_kwargs or {})
     torch.manual_seed(args.seed)
-    lora = lora_config(args.lora_r, args.lora_alpha, args.lora_target_modules)
+    lora = lora_config(model, args.lora_r, args.lora_alpha, args.lora_target_modules)
     try:
         peft_model = get_peft_model(model, lora)
     except ValueError as error:

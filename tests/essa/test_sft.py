@@ -9,6 +9,11 @@ from essa.config import InputError, SFTConfig
 from essa.demo.warm_start import BASE_MODEL
 from essa.models import load_adapter, load_base
 from essa.sft import sft
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from essa_kernels.nn import SVDLoRA
 
 ROWS = [{"prompt": f"?{a:02d}+01=", "completion": "111"} for a in range(20)]
 
@@ -96,3 +101,34 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"output_dir .* not empty"):
         train(tmp_path)
     assert Path(tmp_path, "notes.txt").read_text() == "mine"
+
+
+def test_of_a_multimodal_model_only_what_text_goes_through_is_adapted(tmp_path, tokenizer):
+    """Gemma 3 is loaded with its image tower, which no reward of text would keep from drifting."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    image = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2},
+        vision_config={**image, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    sft(model, tokenizer, ROWS, SFTConfig(str(tmp_path / "adapter"), max_steps=2, batch_size=4))
+    names = list(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert len(names) == 2 * 7 and all(".language_model." in name for name in names)
+    everywhere = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"vision_tower.*: LoRA on what text does not go through is not supported"):
+        SVDLoRA.from_peft(everywhere)

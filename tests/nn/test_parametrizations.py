@@ -200,6 +200,21 @@ def test_tied_weights_are_one():
     assert names == sorted(names)
 
 
+@pytest.mark.parametrize("name", ["lowrank", "full"])
+def test_what_text_does_not_go_through_is_left_as_it_is(name):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={"vocab_size": VOCABULARY, **LLAMA_LIKE},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    space = MAKE[name](model)
+    assert space.names and all(".language_model." in layer for layer in space.names)
+    assert any("vision" in layer for layer, _ in model.named_parameters())
+
+
 def test_routers_are_left_as_they_are():
     """Llama 4's is a linear layer by inheritance, and returns a choice of experts too."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48}

@@ -90,7 +90,7 @@ def run_trdpo(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif settings.lora_r:
-        new_adapter = lora_config(*(getattr(settings, name) for name in NEW_ADAPTER))
+        new_adapter = lora_config(model, *(getattr(settings, name) for name in NEW_ADAPTER))
     trainer = TRDPOTrainer(
         model,
         args=args,
