@@ -5,12 +5,10 @@ Weights are read from safetensors only, and code that comes with a model is run 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from essa.config import DTYPES, InputError
+from essa.devices import check_spread, cross_between_blocks, pick_device
 from essa.hub import offline_note, reach_hub
 from essa.quantization import check_quantised, check_quantization, quantization_config
 from essa_kernels.nn import named_text_weights
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MERGED_ROWS = 64
@@ -39,23 +34,6 @@ MERGED_ROWS = 64
 PROBED = 256
 """About how many elements of a tensor go into a digest that must be cheap."""
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; for `balanced` that of the model's inputs."""
-    if device == "balanced":
-        if not torch.cuda.device_count():
-            raise InputError("device 'balanced' spreads a model over GPUs, torch sees none")
-        return torch.device("cuda", 0)
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device must be auto, cpu, cuda, cuda:N or balanced, got {device!r}") from error
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return picked
 
 
 @dataclass(frozen=True)
@@ -126,39 +104,9 @@ def load_base(
     if config is not None:
         check_quantised(model, quantization)
     if device == "balanced":
-        _check_spread(model, name)
-        _cross_between_blocks(model)
+        check_spread(model, name)
+        cross_between_blocks(model)
     return model.eval(), tokenizer
-
-
-def _check_spread(model: Any, name: str) -> None:
-    used, there = set(map(str, getattr(model, "hf_device_map", {}).values())), torch.cuda.device_count()
-    if {"cpu", "disk"} & used:
-        raise InputError(
-            f"model_name_or_path {name!r} does not fit into the memory of the GPUs, of which torch sees {there}"
-        )
-    if len(used) < there:
-        logger.warning(
-            "%s is spread over %d of %d GPUs: its layers are too few or too large for more", name, len(used), there
-        )
-
-
-def _cross_between_blocks(model: Any) -> None:
-    """Let accelerate look at the inputs of a decoder block, which is never split, and not at those of the modules inside,
-    for which decoding would pay."""
-    uses = collections.Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for block in blocks_of(model):
-        for module in block.modules():
-            if module is not block and uses[id(module)] == 1 and "_hf_hook" in vars(module):
-                remove_hook_from_module(module)
-                if getattr(module.forward, "__func__", None) is type(module).forward:
-                    del module.forward
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model or of one inside a PeftModel."""
-    kinds = bare(model)._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:

@@ -337,7 +337,7 @@ def plan(
         )
     job = Job(members, prompts, prompt_tokens, new_tokens, dtype, quantization)
     if memory is None and gpu == "measure":
-        from essa.row_budget import free_memory_of
+        from essa.devices import free_memory_of
 
         available = float(free_memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     else:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from essa.models import blocks_of
+from essa.devices import free_memory_for
+from essa.models import bare
 from essa.plan import Job, Shape, row_bytes
 from essa.rollout import generate
 from essa_kernels.nn import POINT
@@ -44,7 +43,7 @@ def choose_row_budget(
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     dtype = str(weight.dtype).removeprefix("torch.")
     job = Job(1, 1, len(processing_class(prompt)["input_ids"]), max_new_tokens, dtype=dtype)
-    fitting = MEMORY_USED * free_memory_for(model) / row_bytes(Shape.of(model.config), job)
+    fitting = MEMORY_USED * free_memory_for(bare(model)) / row_bytes(Shape.of(model.config), job)
     rates: dict[int, float] = {}
     rows = min(FIRST, most)
     while True:
@@ -73,19 +72,3 @@ def _tokens_a_second(model: nn.Module, processing_class: Any, space: Any, prompt
         return rollout.tokens / rollout.seconds
 
     return max(rate() for _ in range(2))
-
-
-def free_memory_for(model: nn.Module) -> float:
-    """Bytes that are free for a model's activations and cache, which lie where its blocks do: until a device is full."""
-    places = collections.Counter(next(block.parameters()).device for block in blocks_of(model))
-    if len(places) < 2:
-        return free_memory_of(next(model.parameters()).device)
-    return min(free_memory_of(device) * places.total() / blocks for device, blocks in places.items())
-
-
-def free_memory_of(device: torch.device) -> int:
-    """Bytes that are free there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
+from essa.devices import pick_device
 from essa.models import (
     PROBED,
     context_length,
@@ -16,7 +17,6 @@ from essa.models import (
     load_adapter,
     load_base,
     merge_adapter,
-    pick_device,
     probe,
     tokenizer_of,
 )

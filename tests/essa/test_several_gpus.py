@@ -12,9 +12,9 @@ from accelerate import dispatch_model
 from essa.checkpoint import Run
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
+from essa.devices import free_memory_for
 from essa.models import ModelSource, load_base, weight_digests
 from essa.rollout import generate
-from essa.row_budget import free_memory_for
 from essa.workers import Recipe, Replica, pack, unpack
 from transformers import AutoModelForCausalLM, OPTConfig
 
