@@ -130,6 +130,15 @@ def test_a_call_launches_few_kernels_and_waits_for_nothing(launched, op, dtype):
     assert len(launched) == (expected if isinstance(expected, int) else expected[dtype]), launched
 
 
+@pytest.mark.parametrize("op", [es_update_, lowrank_update_])
+def test_weights_from_the_cpu_are_not_waited_for(launched, op):
+    matrix = on_gpu(8, 12)
+    op(matrix, KEY, torch.randn(6))
+    WAITS.clear()
+    op(matrix, KEY, torch.randn(6))
+    assert not WAITS and len(launched) == 2
+
+
 def test_every_op_is_here():
     public = {name for name in dispatch.OPS if not name.endswith("_backward")}
     assert public == LAUNCHES.keys()

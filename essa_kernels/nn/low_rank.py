@@ -88,7 +88,7 @@ class LowRankNoise(Attaching, Weights):
 
 
 def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
-    """The linear layers that text goes through, but for the output layer, routed experts and their routers, by name."""
+    """The linear layers that text goes through, but for the output layer, routed experts and routers that return choices."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     of_text = {id(weight) for _, weight in named_text_weights(model)}
     found = [

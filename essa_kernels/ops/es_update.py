@@ -102,9 +102,9 @@ def es_update_(
     Args:
         t: as in `perturb_`, a tensor or a sequence of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first tensor.
-        weights: [members], a float32 tensor on the CPU or on the device of the (first) t, or a sequence of numbers; at least one, finite
-            (checked on the CPU; on a GPU, where looking would stall the stream, it is trusted). Position n is member n.
-            The last of an odd number has no partner.
+        weights: [members], a float32 tensor on the CPU or on the device of the (first) t, or a sequence of numbers; at
+            least one, finite (checked on the CPU; on a GPU, where looking would stall the stream, it is trusted). Position
+            n is member n. The last of an odd number has no partner.
         distribution: "gaussian" or "rademacher".
         backend: "cpu", "cuda", "triton" or "reference"; by default the best available (see `explain`).
 

@@ -160,8 +160,8 @@ def lowrank_update_(
         w: [d_out, d_in], float32, bfloat16 or float16, contiguous; or a sequence of such weights, all on the CPU or all
             on GPUs, of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first weight; the site is even.
-        weights: [members], a float32 tensor on the CPU or on the device of the (first) w, or a sequence of numbers; finite (checked
-            on the CPU). Position n is member n. The last of an odd number has no partner.
+        weights: [members], a float32 tensor on the CPU or on the device of the (first) w, or a sequence of numbers; finite
+            (checked on the CPU). Position n is member n. The last of an odd number has no partner.
         rank: of the noise, >= 1.
         distribution: "gaussian" or "rademacher", of the factors' elements.
         backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).

@@ -122,7 +122,11 @@ def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
 
 def _add_recorded(context: typer.Context, recorded: dict[str, Any], directory: str) -> None:
     """A YAML file wins over what a run was started with, whichever is read first."""
-    given = {name: value for name, value in {**recorded, "output_dir": directory}.items() if value is not None}
+    given = {
+        name: ",".join(value) if isinstance(value, list) and name in WITH_COMMAS else value
+        for name, value in {**recorded, "output_dir": directory}.items()
+        if value is not None
+    }
     context.default_map = {**given, **(context.default_map or {})}
 
 

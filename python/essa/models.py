@@ -29,8 +29,8 @@ from essa.quantization import check_quantised, check_quantization, quantization_
 from essa_kernels.nn import named_text_weights
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-MERGED_ROWS = 64
-"""Rows of a weight that are merged at a time: they and their products stay in a core's cache."""
+MERGED_ROWS = 256
+"""Rows of a weight that the CPU merges at a time: they and their products stay in its cache."""
 PROBED = 256
 """About how many elements of a tensor go into a digest that must be cheap."""
 MAKE_ADAPTER = "make one with `essa sft --model_name_or_path MODEL --dataset_name DATA --output_dir DIR`"
@@ -206,10 +206,12 @@ def merge_adapter(model: Any) -> Any:
 
 
 def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
-    """scaling B A, with the same bits on every device: a driver and its workers merge on their own, and compare."""
+    """scaling B A of a linear layer, with the same bits on every device: a driver and its workers merge on their own, and
+    compare."""
     a, b = (part[adapter].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
     delta = b.new_zeros(len(b), a.shape[1])
-    for rows, of_b in zip(delta.split(MERGED_ROWS), b.split(MERGED_ROWS), strict=True):
+    at_once = MERGED_ROWS if b.is_cpu else len(b)
+    for rows, of_b in zip(delta.split(at_once), b.split(at_once), strict=True):
         for row, column in zip(a, of_b.mT, strict=True):
             rows += column[:, None] * row
     delta *= layer.scaling[adapter]

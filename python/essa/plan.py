@@ -54,7 +54,7 @@ class Shape:
         linear, head, embedding: parameters of the linear layers, of the output head, and of the input embedding (0 where
             it is the head's).
         experts: parameters of routed experts, which are not linear layers and stay as they are when those are quantised.
-        active: the part of the experts that a token is routed to.
+        active: the part of the experts that a token is routed to; all of them where the configuration does not say.
         layers, hidden, intermediate, vocabulary: sizes.
         kv: elements that one token adds to the KV cache.
     """
@@ -104,7 +104,9 @@ class Shape:
             vocabulary=head.weight.shape[0],
             kv=2 * text.num_hidden_layers * kv_heads * head_size,
             experts=sum(weight.numel() for weight in experts),
-            active=text.num_experts_per_tok / len(experts[0]) if experts else 1.0,
+            active=min(1.0, (getattr(text, "num_experts_per_tok", None) or math.inf) / len(experts[0]))
+            if experts
+            else 1.0,
         )
 
 

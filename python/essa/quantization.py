@@ -62,10 +62,9 @@ def quantization_config(quantization: str, device: torch.device) -> Any:
 def check_quantised(model: nn.Module, quantization: str) -> None:
     """Raise `InputError` unless all linear layers but the head were quantised, and there are no routed experts beside them:
     torchao passes over what it cannot quantise."""
-    everything = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and type(p) is nn.Parameter)
     if experts:
-        share = f"{experts / everything:.0%} of its parameters"
+        share = f"{experts / sum(p.numel() for p in model.parameters()):.0%} of its parameters"
         raise InputError(
             f"quantization {quantization!r}: the experts of {type(model).__name__}, {share}, cannot be quantised; a model that "
             "arrives quantised is loaded as it is"

@@ -188,7 +188,11 @@ class _Decoder:
             assign(rows)
         for step in range(self.max_new_tokens):
             output = self.model(
-                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, **self.options
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions.clone(),  # XGLM, before transformers 5, shifts them in place
+                past_key_values=cache,
+                **self.options,
             )
             cache = getattr(output, "past_key_values", None)
             if cache is None:
@@ -204,8 +208,7 @@ class _Decoder:
             if running <= PACK_BELOW * len(ended):
                 keep = (~ended).nonzero().squeeze(1)
                 rows, tokens, ended = rows[keep], tokens[keep], ended[keep]
-                # Meant for beams, it takes fewer rows too, and unlike batch_select_indices every kind of layer has it.
-                cache.reorder_cache(keep)
+                _keep_rows(cache, keep)
                 mask, positions = None if mask is None else mask[keep], positions[keep]
                 if assign is not None:
                     assign(rows)
@@ -228,6 +231,16 @@ class _Decoder:
         is_end = torch.isin(generated, self.ends)
         lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, self.max_new_tokens)
         return [tokens[:length] for tokens, length in zip(generated.tolist(), lengths.tolist(), strict=True)]
+
+
+def _keep_rows(cache: Any, rows: Tensor) -> None:
+    # Meant for beams, it takes fewer rows too, and unlike batch_select_indices every kind of layer has it.
+    cache.reorder_cache(rows)
+    if hasattr(cache, "linear_cache"):  # MiniMax keeps the states of its linear layers beside the layers
+        cache.linear_cache = [
+            state.index_select(0, rows.to(state.device)) if isinstance(state, Tensor) else state
+            for state in cache.linear_cache
+        ]
 
 
 def _assign(population: Population, owners: Tensor, rows: Tensor) -> None:

@@ -111,8 +111,8 @@ def test_a_probe_is_small_and_meets_every_column():
     assert probe(torch.tensor(3.0)) == np.float32(3).tobytes()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_merging_rounds_one_operation_at_a_time(turned):
+@pytest.mark.parametrize(("turned", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_merging_rounds_one_operation_at_a_time(turned, dtype):
     """As any device rounds alike: numpy's float32 arithmetic, which fuses nothing, makes the same weights to the bit."""
     base = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=20)
@@ -123,9 +123,8 @@ def test_merging_rounds_one_operation_at_a_time(turned):
     model = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, target_modules=[name], fan_in_fan_out=turned))
     (layer,) = (module for module in model.modules() if hasattr(module, "lora_A"))
     torch.nn.init.normal_(layer.lora_B["default"].weight)
-    a, b, weight = (part.detach().numpy() for part in (
-        layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight.clone()
-    ))  # fmt: skip
+    factors = [getattr(layer, part)["default"].to(dtype).weight for part in ("lora_A", "lora_B")]
+    a, b, weight = (part.detach().float().numpy() for part in (*factors, layer.base_layer.weight.clone()))
     delta = np.zeros((len(b), a.shape[1]), np.float32)
     for rank in range(3):
         delta = delta + b[:, rank, None] * a[rank]

@@ -9,10 +9,11 @@ import essa.models
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from essa.checkpoint import Run
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.devices import free_memory_for
+from essa.devices import cross_between_blocks, free_memory_for
 from essa.models import ModelSource, load_base, weight_digests
 from essa.rollout import generate
 from essa.workers import Recipe, Replica, pack, unpack
@@ -67,7 +68,7 @@ def gpus(monkeypatch):
 
     monkeypatch.setattr(essa.models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**21 * (1 + device.index), 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20 * (2 + 3 * device.index), 2**30))
     return lambda: pretended(monkeypatch)
 
 
@@ -125,6 +126,26 @@ def test_inputs_change_gpus_between_parts_only(gpus):
     assert hooked == {"", *PLACES}
 
 
+def test_hooks_on_shared_modules_and_forwards_of_their_own_stay():
+    class Block(torch.nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.own, self.patched, self.shared = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), shared
+
+    shared = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleList([Block(shared), Block(shared)])
+    model._no_split_modules = ["Block"]
+    for block in model:
+        block.patched.forward = lambda x: 2 * x
+        for module in (block, block.own, block.patched, block.shared):
+            add_hook_to_module(module, AlignDevicesHook(torch.device("cpu")))
+    cross_between_blocks(model)
+    for block in model:
+        assert "_hf_hook" in vars(block) and "_hf_hook" in vars(block.shared)
+        assert "forward" not in vars(block.own) and "_hf_hook" not in vars(block.patched)
+        assert block.patched(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
 def test_a_model_that_its_owner_has_spread_can_be_searched(gpus, tokenizer):
     def completions(model):
         space = LowRankNoise(model)
@@ -140,7 +161,7 @@ def test_a_model_that_its_owner_has_spread_can_be_searched(gpus, tokenizer):
 
 
 def test_memory_is_counted_where_the_blocks_are(gpus):
-    """One block of three on a GPU with 2 MiB, two on one with 4: each is full when there are 6 in all."""
+    """One block of three on a GPU with 2 MiB, two on one with 5: the first is full when there are 6 in all."""
     with gpus():
         alone, _ = load_base(str(BASE_MODEL), device="cuda")
         both, _ = load_base(str(BASE_MODEL), device="balanced")

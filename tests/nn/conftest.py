@@ -99,6 +99,10 @@ MORE_FAMILIES = {
     "granite": (LLAMA_LIKE, SEVEN),
     "jamba": ({**LLAMA_LIKE, **MOE, **JAMBA}, ["q_proj", "v_proj"]),
     "llama4_text": ({**LLAMA_LIKE, **MOE}, ATTENTION),
+    "minimax": (
+        {**LLAMA_LIKE, **MOE, "layer_types": ["linear_attention", "full_attention"]},
+        ["q_proj", "v_proj", "out_proj"],
+    ),
     "mixtral": ({**LLAMA_LIKE, **MOE}, ATTENTION),
     "olmo3": ({**LLAMA_LIKE, **ALTERNATING}, SEVEN),
     "opt": (OPT, ["q_proj", "v_proj", "fc1"]),

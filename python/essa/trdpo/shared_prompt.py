@@ -58,7 +58,6 @@ FAMILIES = frozenset(
         "phi",
         "phi3",
         "qwen2",
-        "qwen2_moe",
         "qwen3",
         "qwen3_moe",
         "smollm3",

@@ -64,10 +64,10 @@ FAMILIES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmo3-window": ("Olmo3", WINDOW),
     "phi": ("Phi", {}),
-    "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 24}),
-    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, **MOE}),
+    "qwen3_moe-window": ("Qwen3Moe", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, **MOE}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
 }
+FAMILIES = {name: (kind, own) for name, (kind, own) in FAMILIES.items() if hasattr(transformers, f"{kind}Config")}
 
 
 def make_model(family="llama", **settings):

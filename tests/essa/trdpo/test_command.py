@@ -127,6 +127,17 @@ def test_a_run_is_not_resumed_with_other_options(command, tmp_path):
     assert longer.exit_code == 0 and "step 8/8" in longer.output
 
 
+def test_a_run_that_is_reported_elsewhere_is_resumed(command, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "transformers.trainer.get_reporting_integration_callbacks", lambda names: asked.append(names) or []
+    )
+    assert essa(*command, "--report_to", "tensorboard,wandb").exit_code == 0
+    resumed = essa("trdpo", "--resume_from_checkpoint", tmp_path / "run", "--max_steps", "8")
+    assert resumed.exit_code == 0 and "step 8/8" in resumed.output, resumed.output
+    assert asked == [["tensorboard", "wandb"]] * 2
+
+
 def test_a_run_stopped_before_its_first_checkpoint_is_started_anew(command, tmp_path, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

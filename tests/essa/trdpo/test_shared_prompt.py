@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers
 from essa.config import InputError
 from essa.trdpo.batches import Collator
 from essa.trdpo.data import Example
@@ -93,6 +94,19 @@ def test_flex_attention_gives_what_separate_sequences_give(family, seed):
 @pytest.mark.slow
 def test_compiled_flex_attention_gives_what_separate_sequences_give(seed):
     compare_flex_attention("gemma3")
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Llama4TextConfig"), reason="an older transformers")
+def test_a_text_model_that_does_not_know_its_base(seed):
+    """Llama 4's text model was cut out of a larger one, whose name for the base it keeps."""
+    model, rows = make_model("Llama4Text", num_local_experts=4, intermediate_size_mlp=48).eval(), examples(SIZES)
+    assert model.base_model is model
+    with torch.no_grad():
+        expected = by_hand(copy.deepcopy(model), rows)
+        install(model)
+        batch = Collator(0, False)(rows)
+        found = sequence_sums(token_logps(model, batch), batch)
+    torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
 
 
 def test_other_attention_is_named():
