@@ -78,10 +78,9 @@ def _known(settings: dict[Any, Any], context: typer.Context, path: str) -> dict[
             raise typer.BadParameter(f"{path!r}: option {option.name!r} is given twice")
         if value is None:
             continue
+        value = _with_commas(option.name, value)
         if option.multiple and not isinstance(value, list):
             value = [value]
-        elif isinstance(value, list) and option.name in WITH_COMMAS:
-            value = ",".join(map(str, value))
         elif isinstance(value, list) and not option.multiple:
             raise typer.BadParameter(f"{path!r}: option {name!r} takes one value, got {value!r}")
         elif isinstance(value, dict):
@@ -91,6 +90,11 @@ def _known(settings: dict[Any, Any], context: typer.Context, path: str) -> dict[
                 raise typer.BadParameter(f"{path!r}: option {name!r} takes what JSON can say, got {value!r}") from error
         known[option.name] = value
     return known
+
+
+def _with_commas(name: str, value: Any) -> Any:
+    """A list as an option takes it that has commas between its names; every other value as it is."""
+    return ",".join(map(str, value)) if isinstance(value, list) and name in WITH_COMMAS else value
 
 
 def _read_run(context: typer.Context, directory: str | None) -> str | None:
@@ -123,7 +127,7 @@ def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
 def _add_recorded(context: typer.Context, recorded: dict[str, Any], directory: str) -> None:
     """A YAML file wins over what a run was started with, whichever is read first."""
     given = {
-        name: ",".join(value) if isinstance(value, list) and name in WITH_COMMAS else value
+        name: _with_commas(name, value)
         for name, value in {**recorded, "output_dir": directory}.items()
         if value is not None
     }

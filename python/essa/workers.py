@@ -86,7 +86,7 @@ class Replica:
         """
         recipe, args, source = self._recipe, self._recipe.args, self._recipe.source
         torch.set_num_threads(args.threads_per_worker)
-        if args.gpus_per_worker is not None and args.gpus_per_worker > 1:
+        if (args.gpus_per_worker or 0) > 1:
             source = dataclasses.replace(source, device="balanced")
         model, tokenizer = source.load(of_weights=of_weights(args))
         self._check_weights(model)
