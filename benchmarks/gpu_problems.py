@@ -225,6 +225,29 @@ def with_base_layer(a: Adapter, delta: Problem, make: Callable[[str], Call]) -> 
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Rows of a model that decodes, with a KV cache of so many positions."""
+
+    rows: int
+    length: int
+    heads: int = 28
+    kv_heads: int = 4
+    d: int = 128
+
+
+def decode_attention(c: Cache) -> Problem:
+    def make(device: str) -> Call:
+        query = torch.randn(c.rows, c.heads, c.d, device=device, dtype=DTYPE)
+        key, value = torch.randn(2, c.rows, c.kv_heads, c.length, c.d, device=device, dtype=DTYPE)
+        mask = torch.arange(c.length, device=device) >= torch.arange(c.rows, device=device)[:, None] % 32
+        return lambda backend: essa_kernels.decode_attention(query, key, value, mask, backend=backend)
+
+    what = f"{c.rows} rows, {c.length} positions, {c.heads} / {c.kv_heads} heads of {c.d}, bf16"
+    moved = c.rows * (2 * 2 * c.d * (c.heads + c.kv_heads * c.length) + c.length)
+    return Problem(what, make, moved, 4 * c.rows * c.heads * c.length * c.d)
+
+
+@dataclass(frozen=True)
 class Head:
     """An LM head and rows of hidden states, all of whose labels count."""
 
@@ -321,6 +344,9 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "lora_perturbed": [*(lora_perturbed(few, d) for d in DISTRIBUTIONS), lora_perturbed(many, "gaussian")],
         "lowrank_perturbed": [lowrank_perturbed(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS],
         "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
+        "decode_attention": [
+            decode_attention(Cache(rows, length // shrink)) for rows, length in ((64, 512), (64, 4096), (512, 512))
+        ],
         "linear_logprob": [linear_logprob(head) for head in heads],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
         "svd_lora_linear": [svd_lora_linear(adapter) for adapter in adapters],

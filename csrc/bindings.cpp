@@ -652,6 +652,25 @@ void multi_lora_backward_cpu(uintptr_t d_x, int64_t d_x_stride, const Addresses&
                     [&](int64_t first, int64_t last) { kernels->multi_lora_backward_factors(args, first, last); });
 }
 
+void decode_attention_cpu(uintptr_t out, uintptr_t query, int64_t query_row, int64_t query_head, uintptr_t key,
+                          int64_t key_row, int64_t key_head, int64_t key_position, uintptr_t value, int64_t value_row,
+                          int64_t value_head, int64_t value_position, uintptr_t mask, int64_t mask_row, double scale,
+                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t length, int64_t d, int64_t d_v,
+                          int dtype, int threads) {
+  cpu::DecodeAttentionArgs args{};
+  args.dtype = dtype;
+  args.rows = rows, args.heads = heads, args.kv_heads = kv_heads, args.length = length, args.d = d, args.d_v = d_v;
+  args.query = pointer<void>(query), args.query_row = query_row, args.query_head = query_head;
+  args.key = pointer<void>(key), args.key_row = key_row, args.key_head = key_head, args.key_position = key_position;
+  args.value = pointer<void>(value), args.value_row = value_row, args.value_head = value_head;
+  args.value_position = value_position;
+  args.mask = pointer<uint8_t>(mask), args.mask_row = mask_row;
+  args.scale = static_cast<float>(scale), args.out = pointer<void>(out);
+  py::gil_scoped_release release;
+  cpu::parallel_for(threads, rows * kv_heads, 1,
+                    [&](int64_t first, int64_t last) { kernels->decode_attention(args, first, last); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["noise_version"] = noise::kVersion;
@@ -688,6 +707,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_perturbed_direct", &lora_perturbed_direct);
   m.def("lowrank_perturbed_direct", &lowrank_perturbed_direct);
   m.def("multi_lora_direct", &multi_lora_direct);
+  m.def("decode_attention_cpu", &decode_attention_cpu);
   m.def("gaussian_cpu", &gaussian_cpu);
   m.def("rademacher_cpu", &rademacher_cpu);
   m.def("linear_logprob_cpu", &linear_logprob_cpu);

@@ -11,6 +11,7 @@ import importlib.metadata as _metadata
 from .dispatch import explain
 from .env import env_report
 from .noise import NOISE_VERSION, NoiseKey
+from .ops.decode_attention import decode_attention
 from .ops.es_update import es_update_, perturb_
 from .ops.linear_logprob import linear_logprob
 from .ops.lora_perturbed import lora_perturbed, lora_perturbed_linear
@@ -27,6 +28,7 @@ except _metadata.PackageNotFoundError:  # imported from a source tree that is no
 __all__ = [
     "NOISE_VERSION",
     "NoiseKey",
+    "decode_attention",
     "env_report",
     "es_update_",
     "explain",

@@ -37,6 +37,7 @@ OPS = {
     "lowrank_update_": ("lowrank", "lowrank_update_"),
     "multi_lora": ("multi_lora", "multi_lora_"),
     "multi_lora_backward": ("multi_lora", "multi_lora_backward"),
+    "decode_attention": ("decode_attention", "decode_attention"),
     "linear_logprob": ("linear_logprob", "linear_logprob"),
     "linear_logprob_backward": ("linear_logprob", "linear_logprob_backward"),
 }
@@ -44,6 +45,7 @@ OPS = {
 # Ops that Triton serves on GPUs, without a CUDA kernel.
 WITHOUT_CUDA = frozenset(
     {
+        "decode_attention",
         "lora_perturbed_linear",
         "lowrank_perturbed",
         "lowrank_perturbed_linear",

@@ -280,6 +280,18 @@ def linear_logprob_backward(
     # fmt: on
 
 
+def decode_attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
+    """out = softmax(scale q k^T) v over the positions that are seen."""
+    (rows, heads, d), (_, kv_heads, length, d_v) = query.shape, value.shape
+    # fmt: off
+    _run(
+        "decode_attention", out, out.data_ptr(), query.data_ptr(), *query.stride()[:2], key.data_ptr(),
+        *key.stride()[:3], value.data_ptr(), *value.stride()[:3], _address(mask),
+        0 if mask is None else mask.stride(0), scale, rows, heads, kv_heads, length, d, d_v, DTYPE_CODE[query.dtype],
+    )
+    # fmt: on
+
+
 def _matrices(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int], list[int]]:
     """Address, rows, columns and dtype of every one of the contiguous [rows, cols] tensors."""
     rows, cols = ([tensor.shape[i] for tensor in tensors] for i in range(2))

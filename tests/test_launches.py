@@ -14,6 +14,7 @@ import torch
 
 from essa_kernels import (
     NoiseKey,
+    decode_attention,
     dispatch,
     es_update_,
     gaussian,
@@ -77,6 +78,8 @@ def calls(dtype):
     tensors, weights = [on_gpu(5, 7, dtype=dtype), on_gpu(9), on_gpu(3, 2, 2)], on_gpu(7)
     labels, ids = torch.arange(ROWS).to("cuda:0"), (torch.arange(ROWS) % 3 - 1).to("cuda:0")
     noise = (KEY, 0.1, members, offsets)
+    query, cache = on_gpu(ROWS, 4, 8, dtype=dtype), on_gpu(ROWS, 2, 30, 8, dtype=dtype)
+    seen = torch.ones(ROWS, 30, dtype=torch.bool).to("cuda:0")
     return {
         "gaussian": lambda: gaussian((4, 9), KEY, out=out),
         "rademacher": lambda: rademacher((4, 9), KEY, out=out),
@@ -92,6 +95,7 @@ def calls(dtype):
         "lowrank_perturbed": lambda: lowrank_perturbed(x, D_OUT, *noise, y=y),
         "lowrank_perturbed_linear": lambda: lowrank_perturbed_linear(x, weight, *noise),
         "multi_lora": lambda: multi_lora(x, [a, a], [b, b], ids, y=y),
+        "decode_attention": lambda: decode_attention(query, cache, cache, seen),
         "linear_logprob": lambda: linear_logprob(x, weight, labels),
     }
 
@@ -112,6 +116,7 @@ LAUNCHES = {
     "lowrank_perturbed": 2,
     "lowrank_perturbed_linear": 2,
     "multi_lora": 2,
+    "decode_attention": 1,
     "linear_logprob": 3,
 }
 

@@ -12,7 +12,7 @@ namespace {
   { #ISA, ISA::gaussian, ISA::rademacher, ISA::svd_lora, ISA::lora_perturbed_shrink, ISA::lora_perturbed_expand, \
     ISA::lowrank_shrink, ISA::lowrank_expand, ISA::lowrank_update, ISA::perturb, ISA::es_update, \
     ISA::linear_logprob, ISA::linear_logprob_pack, ISA::linear_logprob_head, ISA::linear_logprob_hidden, \
-    ISA::multi_lora, ISA::multi_lora_backward_rows, ISA::multi_lora_backward_factors }
+    ISA::multi_lora, ISA::multi_lora_backward_rows, ISA::multi_lora_backward_factors, ISA::decode_attention }
 
 struct Candidate {
   Kernels kernels;

@@ -146,6 +146,20 @@ struct MultiLoraArgs {
   float *h, *g;   // backward: by order, [.., most_ranks], or nullptr
 };
 
+// Attention of one token a row over `length` positions.
+struct DecodeAttentionArgs {
+  int dtype;
+  int64_t rows, heads, kv_heads, length, d, d_v;
+  const void *query, *key, *value;  // [rows, heads, d], [rows, kv_heads, length, d], [.., d_v]: adjacent elements, strides:
+  int64_t query_row, query_head;
+  int64_t key_row, key_head, key_position;
+  int64_t value_row, value_head, value_position;
+  const uint8_t* mask;  // [rows, length] of row stride mask_row, or nullptr: which positions are seen
+  int64_t mask_row;
+  float scale;
+  void* out;  // [rows, heads, d_v], contiguous
+};
+
 struct Kernels {
   const char* isa;
   // tiles [first, last) of the rows * tiles_per_row tiles
@@ -175,6 +189,8 @@ struct Kernels {
   void (*multi_lora_backward_rows)(const MultiLoraArgs&, int64_t first, int64_t last);
   // of every adapter the blocks of kGradientColumns columns of d_a, then those of d_b
   void (*multi_lora_backward_factors)(const MultiLoraArgs&, int64_t first, int64_t last);
+  // of every row the key-value heads [first, last)
+  void (*decode_attention)(const DecodeAttentionArgs&, int64_t first, int64_t last);
 };
 
 #define ESSA_DECLARE_KERNELS(ISA)                                                          \
@@ -196,6 +212,7 @@ struct Kernels {
   void multi_lora(const MultiLoraArgs& args, int64_t first, int64_t last);                 \
   void multi_lora_backward_rows(const MultiLoraArgs& args, int64_t first, int64_t last);   \
   void multi_lora_backward_factors(const MultiLoraArgs& args, int64_t first, int64_t last);\
+  void decode_attention(const DecodeAttentionArgs& args, int64_t first, int64_t last);     \
   }
 ESSA_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -13,7 +13,7 @@
 
 #include "kernels.h"
 #include "math_simd.h"
-#include "storage.h"
+#include "scratch.h"
 
 namespace essa {
 namespace cpu {
@@ -26,35 +26,6 @@ constexpr int kPanel = kVectors * W;     // columns of a tile
 constexpr int64_t kVocabBlock = 252;     // of the forward pass: a multiple of kTileRows, and even
 constexpr int64_t kChunk = 256;          // hidden rows that share a packed vocabulary block
 constexpr int64_t kGradientBlock = 48;   // of the vocabulary, in the backward pass
-
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Elements as float32.
-template <class S>
-void widen(const typename S::Element* in, int64_t n, float* out) {
-  int64_t at = 0;
-  for (; at + W <= n; at += W) store(out + at, S::get(in + at));
-  if (at == n) return;
-  typename S::Element rest[W] = {};
-  alignas(64) float values[W];
-  memcpy(rest, in + at, (n - at) * sizeof(*in));
-  store(values, S::get(rest));
-  memcpy(out + at, values, (n - at) * sizeof(float));
-}
-
-template <class S>
-void narrow(const float* in, int64_t n, typename S::Element* out) {
-  int64_t at = 0;
-  for (; at + W <= n; at += W) S::put(out + at, load(in + at));
-  if (at == n) return;
-  alignas(64) float rest[W] = {};
-  typename S::Element values[W];
-  memcpy(rest, in + at, (n - at) * sizeof(float));
-  S::put(values, load(rest));
-  memcpy(out + at, values, (n - at) * sizeof(*out));
-}
 
 // What matrix products read: words of kPair elements that are adjacent along the inner dimension.
 template <int dtype>
@@ -134,7 +105,7 @@ void multiply(const void* a, int64_t a_row, int64_t rows, const typename T::Word
 // Rows 0 .. rows - 1 of d elements as words across them: out [segments of d][steps over rows][SEGMENT], zeros around.
 template <class T, int SEGMENT, class Row>
 void pack_across(Row row, int64_t rows, int64_t d, typename T::Word* line, typename T::Word* out) {
-  const int64_t steps = ceil_div(rows, T::kPair), segments = ceil_div(d, SEGMENT);
+  const int64_t steps = blocks(rows, T::kPair), segments = blocks(d, SEGMENT);
   memset(line + d, 0, (segments * SEGMENT - d) * 4);
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t i = s * T::kPair;
@@ -146,25 +117,13 @@ void pack_across(Row row, int64_t rows, int64_t d, typename T::Word* line, typen
 // Rows 0 .. rows - 1 of d elements as one panel, words along them: out [steps over d][kPanel], zeros beyond the rows.
 template <class T, class Row>
 void pack_panel(Row row, int64_t rows, int64_t d, typename T::Word* line, typename T::Word* out) {
-  const int64_t steps = ceil_div(d, T::kPair);
+  const int64_t steps = blocks(d, T::kPair);
   memset(out, 0, steps * kPanel * 4);
   for (int64_t i = 0; i < rows; ++i) {
     T::along(row(i), d, line);
     for (int64_t s = 0; s < steps; ++s) out[s * kPanel + i] = line[s];
   }
 }
-
-// Gives out pieces of one buffer, aligned to cache lines. Without a buffer it only counts.
-struct Pieces {
-  float* base;
-  int64_t used = 0;
-  template <class Word>
-  Word* take(int64_t words) {
-    Word* piece = base == nullptr ? nullptr : (Word*)(base + used);
-    used += round_up(words, 16);
-    return piece;
-  }
-};
 
 template <class T>
 struct Problem {
@@ -173,7 +132,7 @@ struct Problem {
   const LinearLogprobArgs& args;
   const int64_t d, steps;
 
-  explicit Problem(const LinearLogprobArgs& a) : args(a), d(a.d), steps(ceil_div(a.d, T::kPair)) {}
+  explicit Problem(const LinearLogprobArgs& a) : args(a), d(a.d), steps(blocks(a.d, T::kPair)) {}
   const Element* hidden(int64_t i) const { return (const Element*)args.hidden + args.selected[i] * args.hidden_stride; }
   const Element* weight(int64_t v) const { return (const Element*)args.weight + v * d; }
   int64_t label(int64_t i) const { return args.labels[args.selected[i]]; }
@@ -228,7 +187,7 @@ struct Forward : Problem<T> {
   float *bias, *sums, *tile_logits, *highest, *total, *label_logit;
 
   Forward(const LinearLogprobArgs& a, int64_t rows)
-      : Problem<T>(a), slopes(a.slope != nullptr), most_panels(ceil_div(least(rows, kChunk), kPanel)) {
+      : Problem<T>(a), slopes(a.slope != nullptr), most_panels(blocks(least(rows, kChunk), kPanel)) {
     Pieces pieces{nullptr};
     place(pieces);
     Pieces real{scratch(pieces.used)};
@@ -246,8 +205,8 @@ struct Forward : Problem<T> {
     total = pieces.take<float>(lines);
     label_logit = pieces.take<float>(lines);
     sums = pieces.take<float>(slopes ? most_panels * round_up(d, kTileRows) * kPanel : 0);
-    packed = pieces.take<Word>(slopes ? round_up(d, kTileRows) * ceil_div(block, T::kPair) : 0);
-    probabilities = pieces.take<Word>(slopes && T::kPair > 1 ? ceil_div(block, T::kPair) * kPanel : 0);
+    packed = pieces.take<Word>(slopes ? round_up(d, kTileRows) * blocks(block, T::kPair) : 0);
+    probabilities = pieces.take<Word>(slopes && T::kPair > 1 ? blocks(block, T::kPair) * kPanel : 0);
     if (T::kPair == 1) probabilities = (Word*)tile_logits;
     if (args.bias == nullptr) bias = nullptr;
   }
@@ -256,7 +215,7 @@ struct Forward : Problem<T> {
 
   // Selected rows first .. first + rows - 1, at most kChunk.
   void run(int64_t first, int64_t rows) {
-    const int64_t panel_count = ceil_div(rows, kPanel);
+    const int64_t panel_count = blocks(rows, kPanel);
     for (int64_t panel = 0; panel < panel_count; ++panel) {
       const int64_t begin = first + panel * kPanel;
       pack_panel<T>([&](int64_t i) { return this->hidden(begin + i); }, least(kPanel, first + rows - begin), d, line,
@@ -324,7 +283,7 @@ struct Forward : Problem<T> {
   }
 
   void accumulate(int64_t block, int64_t panel) {
-    const int64_t inner = ceil_div(block, T::kPair);
+    const int64_t inner = blocks(block, T::kPair);
     for (int64_t c = 0; c < d; c += kTileRows)
       tile<T, kTileRows>((const char*)(packed + c * inner), 4, 4 * kTileRows, probabilities, inner,
                          panel_sums(panel) + c * kPanel, true);
@@ -450,7 +409,7 @@ struct Backward : Problem<T> {
   }
 
   void multiply_hidden(int64_t first, int64_t block) {
-    const int64_t inner = ceil_div(args.rows, T::kPair);
+    const int64_t inner = blocks(args.rows, T::kPair);
     for (int64_t c = 0; c < d; c += kPanel) {
       multiply<T>(gradient, columns / T::kPair * 4, block, (const Word*)args.hidden_across + c * inner, inner, result);
       for (int64_t v = 0; v < block; ++v)

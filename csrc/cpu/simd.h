@@ -44,6 +44,7 @@ ESSA_INLINE vf select_less(vf a, vf b, vf x, vf y) {
 ESSA_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 ESSA_INLINE vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
 ESSA_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a); }
+ESSA_INLINE float greatest(vf a) { return _mm512_reduce_max_ps(a); }
 ESSA_INLINE vi seti(uint32_t a) { return _mm512_set1_epi32((int)a); }
 ESSA_INLINE vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
 ESSA_INLINE vi ori(vi a, vi b) { return _mm512_or_si512(a, b); }
@@ -138,6 +139,11 @@ ESSA_INLINE float sum(vf a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+ESSA_INLINE float greatest(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 ESSA_INLINE vi seti(uint32_t a) { return _mm256_set1_epi32((int)a); }
 ESSA_INLINE vi andi(vi a, vi b) { return _mm256_and_si256(a, b); }
 ESSA_INLINE vi ori(vi a, vi b) { return _mm256_or_si256(a, b); }
@@ -227,6 +233,10 @@ ESSA_INLINE vf sqrt(vf a) {
   return vf{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 }
 ESSA_INLINE float sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+ESSA_INLINE float greatest(vf a) {
+  const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
+  return even > odd ? even : odd;
+}
 ESSA_INLINE vi seti(uint32_t a) { return vi{a, a, a, a}; }
 ESSA_INLINE vi andi(vi a, vi b) { return a & b; }
 ESSA_INLINE vi ori(vi a, vi b) { return a | b; }

@@ -12,13 +12,24 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from essa_kernels.reference import decode_attention as reference_attention
 from essa_kernels.reference import es_update as reference_update
 from essa_kernels.reference import linear_logprob as reference_logprob
 from essa_kernels.reference import lora_perturbed as reference_lora
 from essa_kernels.reference import lowrank as reference_lowrank
 from essa_kernels.reference import multi_lora as reference_multi_lora
 from essa_kernels.reference import noise as reference
-from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
+from essa_kernels.tl import (
+    config,
+    decode_attention,
+    es_update,
+    linear_logprob,
+    lora_perturbed,
+    lowrank,
+    multi_lora,
+    noise,
+    svd_lora,
+)
 from essa_kernels.tl.tune import tune
 
 from .problems import DTYPES, FLOAT32_ERROR, H_ERROR, SHAPES, assert_h, assert_y, problem
@@ -310,6 +321,25 @@ def test_linear_logprob(configure, seed, words, dtype, softcap):
     for got, expected in zip(*results, strict=True):
         error = (got.float() - expected.float()).abs().max()
         assert error <= {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] * expected.abs().max()
+
+
+# rows, heads, kv_heads, length, d, d_v
+ATTENDED = [(3, 14, 2, 300, 64, 64), (2, 3, 3, 33, 40, 129), (1, 20, 1, 257, 8, 8)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", ATTENDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention(seed, dtype, sizes, masked):
+    rows, heads, kv_heads, length, d, d_v = sizes
+    query = torch.randn(rows, heads, d).to(dtype)
+    cache = torch.randn(rows, kv_heads, length + 5, d + d_v).to(dtype)[:, :, :length]
+    key, value = cache.split([d, d_v], -1)
+    mask = torch.rand(rows, length + 1)[:, 1:] < 0.7 if masked else None
+    got, exact = torch.full((rows, heads, d_v), float("nan")).to(dtype), torch.empty(rows, heads, d_v)
+    decode_attention.decode_attention(got, query, key, value, mask, 0.3)
+    reference_attention.decode_attention(exact, query, key, value, mask, 0.3)
+    assert (got.float() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps + FLOAT32_ERROR * 10
 
 
 # ids, ranks, d_in, d_out

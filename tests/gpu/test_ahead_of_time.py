@@ -22,7 +22,17 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from essa_kernels.dispatch import LEAST_TRITON_TO_INTERPRET
-from essa_kernels.tl import config, es_update, linear_logprob, lora_perturbed, lowrank, multi_lora, noise, svd_lora
+from essa_kernels.tl import (
+    config,
+    decode_attention,
+    es_update,
+    linear_logprob,
+    lora_perturbed,
+    lowrank,
+    multi_lora,
+    noise,
+    svd_lora,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +41,13 @@ TARGETS = {
 }
 # With test_older_triton.py what older compilers make need only compile.
 COUNTED = TorchVersion(triton.__version__) >= LEAST_TRITON_TO_INTERPRET
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 class Launch(NamedTuple):
@@ -359,6 +375,34 @@ def test_svd_lora_linear(launches, arch, dtype, rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_svd_lora_linear_at_other_shapes(launches, arch, dtype, rank, size):
     check_svd_lora_linear(launches, arch, dtype, rank, size)
+
+
+def check_decode_attention(launches: list[Launch], arch: str, dtype: torch.dtype, group: int, d: int) -> None:
+    cache = torch.empty(64, 2, 1024, d, dtype=dtype, device="meta")
+    query, mask = torch.empty(64, 2 * group, d, dtype=dtype, device="meta"), torch.empty(64, 600, dtype=torch.bool)
+    for seen in (None, mask):
+        part = cache[:, :, :600]
+        decode_attention.decode_attention(torch.empty_like(query), query, part, part, seen, 0.125)
+    for launch in launches:
+        kernel = compiled(launch, arch)
+        assert_fits(kernel, arch, most_registers=256, most_shared=(64 if arch.startswith("gfx") else 160) << 10)
+        if arch.startswith("sm") and dtype is not torch.float32:
+            assert re.search("mma", kernel.asm["ptx"]), "no matrix unit"
+            assert re.search(r"cp\.async", kernel.asm["ptx"]), "no loads ahead"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "d"), [(torch.bfloat16, 7, 64), (torch.float16, 4, 128), (torch.float32, 7, 64)]
+)
+def test_decode_attention(launches, arch, dtype, group, d):
+    check_decode_attention(launches, arch, dtype, group, d)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "d"), [(1, 64), (1, 128), (8, 80), (5, 128), (16, 256), (71, 64)])
+def test_decode_attention_at_other_shapes(launches, arch, dtype, group, d):
+    check_decode_attention(launches, arch, dtype, group, d)
 
 
 def check_multi_lora(launches: list[Launch], arch: str, dtype: torch.dtype, ranks: list[int], size: int = 4096) -> None:
