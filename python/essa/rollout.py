@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import essa_kernels
+from essa.attention import kernel_attention
 from essa.config import InputError
+from essa.kv_cache import grow_in_place
 from essa.models import bare, context_length, whole_head_input
 from essa_kernels.nn import Parametrization, Population, SVDLoRA
 from essa_kernels.noise import SAMPLING_SITE
@@ -121,7 +123,7 @@ def generate(
     decoder = _Decoder(base, ends, max_new_tokens)
     key = essa_kernels.NoiseKey(seed, generation, SAMPLING_SITE)
     generated: list[list[int]] = []
-    with torch.inference_mode(), _evaluating(base), whole_head_input(base):
+    with torch.inference_mode(), _evaluating(base), whole_head_input(base), kernel_attention(base):
         for part in batches(rows, row_budget, None if space is None or space.batched else len(prompts)):
             batch = [owners[row] for row in part]
             pick = _Sampler(key, batch, len(prompts), max_new_tokens, temperature) if temperature else _greedy
@@ -199,6 +201,8 @@ class _Decoder:
                 raise InputError(
                     f"model must return past_key_values to be decoded, {type(self.model).__name__} does not"
                 )
+            if step == 0:
+                grow_in_place(cache)
             tokens = pick(output.logits[:, -1], rows, step)
             generated[rows, step] = tokens
             ended |= torch.isin(tokens, self.ends)

@@ -1,0 +1,103 @@
+"""Attention of one token a row by `essa_kernels.decode_attention`, in models of transformers.
+
+Importing this registers it under the name "essa": a model loaded with ``attn_implementation="essa"`` has it in ``generate``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from essa_kernels import decode_attention, env_report
+
+NAME = "essa"
+KERNELS = {"cpu": "cpu", "cuda": "triton"}
+# What transformers may ask of "sdpa" beyond scale and mask.
+MORE = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: `decode_attention` for one token a row, else what "sdpa" is.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, tokens, d]; key and value: [rows, kv_heads, length, d].
+        attention_mask: [rows or 1, 1, tokens, length], bool, as transformers makes it for "sdpa", or None.
+        options: transformers' own, such as ``scaling``.
+
+    Returns:
+        [rows, tokens, heads, d], and None for the weights.
+    """
+    if not _fits(query, key, value, attention_mask, options):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(query), -1)
+    return decode_attention(query[:, :, 0], key, value, mask, scale=options.get("scaling"))[:, None], None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether `decode_attention` computes it, and a kernel does that."""
+    if query.shape[2] != 1 or not _has_kernel(query.device.type):
+        return False
+    if any(isinstance(option, Tensor) or option for option in map(options.get, MORE)):
+        return False
+    tensors = (query, key, value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if any(tensor.dtype != query.dtype or tensor.stride(-1) != 1 for tensor in tensors):
+        return False
+    seen = (1, 1, key.shape[2])
+    return mask is None or (mask.dtype is torch.bool and mask.shape[1:] == seen and mask.stride(-1) == 1)
+
+
+@functools.cache
+def _has_kernel(device_type: str) -> bool:
+    return device_type in KERNELS and env_report()["backends"][device_type][KERNELS[device_type]] == "available"
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def kernel_attention(model: nn.Module) -> Iterator[None]:
+    """While inside, a transformers model on the CPU that attends by "sdpa" attends by `attend`.
+
+    Left as they are: models on GPUs, where `decode_attention` has not been timed against torch's kernels; models that do
+    not take their attention from transformers' interface; and those whose code asks whether it is called "sdpa".
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    switched = []
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()) and _only_looks_up(
+        type(model).__module__
+    ):
+        switched = [c for c in configs.values() if getattr(c, "_attn_implementation_internal", None) == "sdpa"]
+    for config in switched:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config in switched:
+            config._attn_implementation_internal = "sdpa"
+
+
+@functools.cache
+def _only_looks_up(module: str) -> bool:
+    """Whether a model's code looks its attention up in transformers' interface and does nothing else with the name."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in source and not re.search(r"(==|!=|\bin\b).*[\"']sdpa[\"']", source)
