@@ -18,9 +18,9 @@ def grow_in_place(cache: Any) -> None:
     """
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
+        if type(layer) is DynamicLayer and layer.keys is not None:
             layers[i] = _with_room(_GrowingLayer(), layer)
-        elif type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+        elif type(layer) is DynamicSlidingWindowLayer and layer.keys is not None:
             layers[i] = _with_room(_GrowingWindow(layer.sliding_window), layer)
 
 
