@@ -54,8 +54,9 @@ ESSA_INLINE int64_t place_of(int64_t j) {
 // Rows that will be read next, fetched as others are computed: the machine does not foresee the next block.
 struct Ahead {
   const char* row;
-  int64_t stride, bytes;
+  int64_t stride, bytes, rows;
   void fetch_row() {
+    if (rows-- <= 0) return;
     for (int64_t byte = 0; byte < bytes; byte += 64) prefetch(row + byte);
     row += stride;
   }
@@ -66,11 +67,16 @@ struct Attention {
   typedef typename T::Element Element;
   const DecodeAttentionArgs& args;
   const int64_t heads, columns;
+  const int64_t block;  // positions at a time: the blocks are of one length, for each fetches the next
   float *scores, *sums, *greatest_score, *total, *line;
+  Ahead keys_ahead, values_ahead;
   float* hidden;  // 1 where a position of the block is not seen, else 0
 
   explicit Attention(const DecodeAttentionArgs& a)
-      : args(a), heads(a.heads / a.kv_heads), columns(round_up(a.d_v, kColumns)) {
+      : args(a),
+        heads(a.heads / a.kv_heads),
+        columns(round_up(a.d_v, kColumns)),
+        block(round_up(blocks(a.length, blocks(a.length, kPositions)), W)) {
     Pieces pieces{nullptr};
     place(pieces);
     Pieces real{scratch(pieces.used)};
@@ -86,20 +92,36 @@ struct Attention {
     hidden = pieces.take<float>(kPositions);
   }
 
-  void run(int64_t row, int64_t kv_head) {
+  const Element* keys_of(int64_t item) const {
+    return (const Element*)args.key + item / args.kv_heads * args.key_row + item % args.kv_heads * args.key_head;
+  }
+  const Element* values_of(int64_t item) const {
+    return (const Element*)args.value + item / args.kv_heads * args.value_row + item % args.kv_heads * args.value_head;
+  }
+  Ahead ahead(const Element* first, int64_t stride, int64_t d, int64_t rows) const {
+    constexpr int64_t kSize = sizeof(Element);
+    return {(const char*)first, stride * kSize, d * kSize, least(rows, block)};
+  }
+
+  // `more`: whether another item comes after this one.
+  void run(int64_t item, bool more) {
+    const int64_t row = item / args.kv_heads, kv_head = item % args.kv_heads;
     const Element* query = (const Element*)args.query + row * args.query_row + kv_head * heads * args.query_head;
-    const Element* keys = (const Element*)args.key + row * args.key_row + kv_head * args.key_head;
-    const Element* values = (const Element*)args.value + row * args.value_row + kv_head * args.value_head;
+    const Element *keys = keys_of(item), *values = values_of(item);
     for (int64_t k = 0; k < heads; ++k) greatest_score[k] = kUnseen, total[k] = 0.0f;
     memset(sums, 0, heads * columns * sizeof(float));
-    for (int64_t at = 0; at < args.length; at += kPositions) {
-      const int64_t positions = least(kPositions, args.length - at);
+    for (int64_t at = 0; at < args.length; at += block) {
+      const int64_t positions = least(block, args.length - at), left = args.length - at - positions;
+      const Element* next_keys = left > 0 ? keys + block * args.key_position : keys_of(item + 1);
+      const Element* next_values = left > 0 ? values + block * args.value_position : values_of(item + 1);
+      keys_ahead = ahead(next_keys, args.key_position, args.d, left > 0 ? left : more ? args.length : 0);
+      values_ahead = ahead(next_values, args.value_position, args.d_v, keys_ahead.rows);
       if (look(row, at, positions)) {
         score(query, keys, positions);
         for (int64_t k = 0; k < heads; ++k) weigh(k, positions);
-        sum_values(keys, values, positions);
+        sum_values(values, positions);
       }
-      keys += kPositions * args.key_position, values += kPositions * args.value_position;
+      keys = next_keys, values = next_values;
     }
     finish((Element*)args.out + (row * args.heads + kv_head * heads) * args.d_v);
   }
@@ -156,34 +178,36 @@ struct Attention {
   }
 
   // sums[k, :] += sum of weights[k, t] values[t, :]
-  void sum_values(const Element* keys, const Element* values, int64_t positions) {
-    Ahead keys_ahead{(const char*)(keys + kPositions * args.key_position),
-                     args.key_position * (int64_t)sizeof(Element), args.d * (int64_t)sizeof(Element)};
-    Ahead values_ahead{(const char*)(values + kPositions * args.value_position),
-                       args.value_position * (int64_t)sizeof(Element), args.d_v * (int64_t)sizeof(Element)};
-    Ahead none{nullptr, 0, 0};
-    for (int64_t j = 0; j < args.d_v; j += kColumns)
-      for (int64_t k = 0; k < heads; k += kHeads) {
-        Ahead& ahead = k > 0 || j > kColumns ? none : j == 0 ? keys_ahead : values_ahead;
-        with_count<kHeads>(heads - k, [&](auto count) {
-          if (j + kColumns <= args.d_v) sum_tile<count(), true>(values + j, positions, k, j, ahead);
-          else sum_tile<count(), false>(values + j, positions, k, j, ahead);
-        });
-      }
+  void sum_values(const Element* values, int64_t positions) {
+    Ahead none{nullptr, 0, 0, 0};
+    for (int64_t k = 0; k < heads; k += kHeads)
+      with_count<kHeads>(heads - k, [&](auto count) {
+        constexpr int kPairs = 2 * count() <= kHeads ? 2 : 1;
+        int64_t j = 0;
+        for (; j + kPairs * kColumns <= args.d_v; j += kPairs * kColumns) {
+          const bool last = j + 2 * kPairs * kColumns > args.d_v;
+          sum_tile<count(), kPairs, true>(values + j, positions, k, j, k == 0 && j == 0 ? keys_ahead : none,
+                                          k == 0 && last ? values_ahead : none);
+        }
+        for (; j + kColumns <= args.d_v; j += kColumns)
+          sum_tile<count(), 1, true>(values + j, positions, k, j, none, none);
+        if (j < args.d_v) sum_tile<count(), 1, false>(values + j, positions, k, j, none, none);
+      });
   }
 
-  template <int K, bool kWhole>
-  void sum_tile(const Element* values, int64_t positions, int64_t k, int64_t j, Ahead ahead) {
-    vf tile[K][2];
+  template <int K, int P, bool kWhole>
+  void sum_tile(const Element* values, int64_t positions, int64_t k, int64_t j, Ahead one, Ahead other) {
+    vf tile[K][2 * P];
     for (int i = 0; i < K; ++i)
-      for (int n = 0; n < 2; ++n) tile[i][n] = load(sums + (k + i) * columns + j + n * W);
+      for (int n = 0; n < 2 * P; ++n) tile[i][n] = load(sums + (k + i) * columns + j + n * W);
     const float* weight = scores + k * kPositions;
     const int64_t stride = args.value_position, left = args.d_v - j;
     for (int64_t t = 0; t < positions; ++t, ++weight, values += stride) {
-      ahead.fetch_row();
-      vf row[2];
+      one.fetch_row();
+      other.fetch_row();
+      vf row[2 * P];
       if (kWhole) {
-        load_pair<T>(values, row);
+        for (int p = 0; p < P; ++p) load_pair<T>(values + p * kColumns, row + 2 * p);
       } else {
         Element edge[kColumns] = {};
         memcpy(edge, values, left * sizeof(Element));
@@ -191,11 +215,11 @@ struct Attention {
       }
       for (int i = 0; i < K; ++i) {
         const vf factor = set1(weight[i * kPositions]);
-        for (int n = 0; n < 2; ++n) tile[i][n] = muladd(factor, row[n], tile[i][n]);
+        for (int n = 0; n < 2 * P; ++n) tile[i][n] = muladd(factor, row[n], tile[i][n]);
       }
     }
     for (int i = 0; i < K; ++i)
-      for (int n = 0; n < 2; ++n) store(sums + (k + i) * columns + j + n * W, tile[i][n]);
+      for (int n = 0; n < 2 * P; ++n) store(sums + (k + i) * columns + j + n * W, tile[i][n]);
   }
 
   void finish(Element* out) {
@@ -210,7 +234,7 @@ struct Attention {
 template <class T>
 void attend(const DecodeAttentionArgs& args, int64_t first, int64_t last) {
   Attention<T> attention(args);
-  for (int64_t item = first; item < last; ++item) attention.run(item / args.kv_heads, item % args.kv_heads);
+  for (int64_t item = first; item < last; ++item) attention.run(item, item + 1 < last);
 }
 
 }  // namespace
