@@ -79,7 +79,7 @@ def test_a_step_against_transformers(benchmark, record, length):
     """The body of Qwen2.5-0.5B, 64 rows, bfloat16."""
     rows, model = 64, qwen_shaped(torch.bfloat16)
     caches = [cache_of(model, rows, length) for _ in range(2)]
-    grow_in_place(caches[0])
+    grow_in_place(caches[0], 2 * length)
     with_kernel, theirs = (decoding(model, cache, rows) for cache in caches)
 
     def ours() -> torch.Tensor:

@@ -10,29 +10,34 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 ROOM = 64  # positions: copying a cache that often costs little beside reading it at every token
 
 
-def grow_in_place(cache: Any) -> None:
+def grow_in_place(cache: Any, most: int) -> None:
     """Give the layers of a KV cache room for what comes.
 
     Layers of other kinds than transformers' two dynamic ones are left alone. Not for training: what was returned before
     is a view of what is written to.
+
+    Args:
+        cache: a transformers cache that holds a prompt.
+        most: how many positions it will come to hold; for more it takes more room than that.
     """
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.keys is not None:
-            layers[i] = _with_room(_GrowingLayer(), layer)
+            layers[i] = _with_room(_GrowingLayer(), layer, most)
         elif type(layer) is DynamicSlidingWindowLayer and layer.keys is not None:
-            layers[i] = _with_room(_GrowingWindow(layer.sliding_window), layer)
+            layers[i] = _with_room(_GrowingWindow(layer.sliding_window), layer, most)
 
 
-def _with_room(growing: Any, layer: DynamicLayer) -> Any:
-    growing.__dict__.update(layer.__dict__, key_room=_Room(), value_room=_Room())
+def _with_room(growing: Any, layer: DynamicLayer, most: int) -> Any:
+    growing.__dict__.update(layer.__dict__, key_room=_Room(most), value_room=_Room(most))
     return growing
 
 
 class _Room:
     """A buffer [rows, heads, positions, d] whose last positions may be free."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.buffer: Tensor | None = None
         self.kept: Tensor | None = None
         self.end = 0
@@ -42,7 +47,8 @@ class _Room:
         kept = more[..., :0, :] if kept is None else kept
         length, added = kept.shape[-2], more.shape[-2]
         if self.buffer is None or kept is not self.kept or self.end + added > self.buffer.shape[-2]:
-            self.buffer = kept.new_empty(*kept.shape[:-2], length + added + ROOM, kept.shape[-1])
+            room = length + added + min(ROOM, max(self.most - length - added, 0))
+            self.buffer = kept.new_empty(*kept.shape[:-2], room, kept.shape[-1])
             self.buffer[..., :length, :] = kept
             self.end = length
         self.buffer[..., self.end : self.end + added, :] = more

@@ -202,7 +202,7 @@ class _Decoder:
                     f"model must return past_key_values to be decoded, {type(self.model).__name__} does not"
                 )
             if step == 0:
-                grow_in_place(cache)
+                grow_in_place(cache, inputs.shape[1] + self.max_new_tokens)
             tokens = pick(output.logits[:, -1], rows, step)
             generated[rows, step] = tokens
             ended |= torch.isin(tokens, self.ends)

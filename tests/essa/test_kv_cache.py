@@ -15,7 +15,7 @@ CONFIGS = {
 }
 
 
-def caches(config, length, rows=3):
+def caches(config, length, rows=3, most=1000):
     """A cache as transformers has it and one that grows, both with a prompt."""
     states = [torch.randn(2, rows, 2, length, 8) for _ in range(2)]
     pair = []
@@ -24,7 +24,7 @@ def caches(config, length, rows=3):
         for layer, (key, value) in enumerate(states):
             cache.update(key, value, layer)
         pair.append(cache)
-    grow_in_place(pair[1])
+    grow_in_place(pair[1], most)
     return pair
 
 
@@ -58,6 +58,14 @@ def test_a_token_does_not_move_the_others(name, seed):
     assert growing.layers[0].keys.untyped_storage().data_ptr() not in places
 
 
+def test_no_more_room_than_is_needed(seed):
+    _, growing = caches(CONFIGS["all"], 5, most=8)
+    for length, room in [(6, 8), (7, 8), (8, 8), (9, 9)]:
+        growing.update(*torch.randn(2, 3, 2, 1, 8), 0)
+        assert growing.layers[0].keys.shape[-2] == length
+        assert growing.layers[0].keys.untyped_storage().nbytes() == 4 * 3 * 2 * room * 8
+
+
 def test_what_was_returned_before_is_not_written_to(seed):
     """Rows that leave and come back as copies do not share a buffer."""
     _, growing = caches(CONFIGS["all"], 5)
@@ -76,8 +84,8 @@ def test_other_layers_are_left_alone():
     cache.update(*torch.randn(2, 3, 2, 1, 8), 0)
     empty = cache.layers[1]
     cache.layers.append(Own())
-    grow_in_place(cache)
+    grow_in_place(cache, 10)
     assert type(cache.layers[0]) is not type(empty)
     assert cache.layers[1] is empty
     assert type(cache.layers[2]) is Own
-    grow_in_place(object())
+    grow_in_place(object(), 10)
