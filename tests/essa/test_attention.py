@@ -68,6 +68,18 @@ def test_generate_has_it_by_name(model, calls, tmp_path):
     assert len(calls) == 2 * 8
 
 
+def test_a_layer_compiles_whole(model, native):
+    layer = model.model.layers[0].self_attn
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for length in (6, 9):
+            query, key, value = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 2, length, 8)
+            mask = torch.rand(2, 1, 1, length) < 0.7
+            mask[..., -1] = True
+            got, _ = compiled(layer, query, key, value, mask, scaling=0.3)
+            assert_close(got, attend(layer, query, key, value, mask, scaling=0.3)[0])
+
+
 def test_the_model_is_left_as_it_was(model):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), kernel_attention(model):
