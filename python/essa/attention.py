@@ -74,17 +74,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextlib.contextmanager
 def kernel_attention(model: nn.Module) -> Iterator[None]:
-    """While inside, a transformers model on the CPU that attends by "sdpa" attends by `attend`.
+    """While inside, what attends by "sdpa" in a transformers model on the CPU attends by `attend`.
 
-    Left as they are: models on GPUs, where `decode_attention` has not been timed against torch's kernels; models that do
+    Left as they are: models on GPUs, where `decode_attention` has not been timed against torch's kernels; layers that do
     not take their attention from transformers' interface; and those whose code asks whether it is called "sdpa".
     """
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     switched = []
-    if all(parameter.device.type == "cpu" for parameter in model.parameters()) and _only_looks_up(
-        type(model).__module__
-    ):
-        switched = [c for c in configs.values() if getattr(c, "_attn_implementation_internal", None) == "sdpa"]
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        switched = [config for config, files in _attending_by_sdpa(model) if _only_looks_up(files)]
     for config in switched:
         config._attn_implementation_internal = NAME
     try:
@@ -94,11 +91,22 @@ def kernel_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = "sdpa"
 
 
+def _attending_by_sdpa(model: nn.Module) -> list[tuple[Any, frozenset[str]]]:
+    """The configurations that ask for "sdpa", and the Python modules of the layers that have them."""
+    found: dict[int, tuple[Any, set[str]]] = {}
+    for layer in model.modules():
+        config = getattr(layer, "config", None)
+        if getattr(config, "_attn_implementation_internal", None) == "sdpa":
+            found.setdefault(id(config), (config, set()))[1].add(type(layer).__module__)
+    return [(config, frozenset(files)) for config, files in found.values()]
+
+
 @functools.cache
-def _only_looks_up(module: str) -> bool:
-    """Whether a model's code looks its attention up in transformers' interface and does nothing else with the name."""
+def _only_looks_up(files: frozenset[str]) -> bool:
+    """Whether their code looks an attention up in transformers' interface and does nothing else with its name."""
     try:
-        source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):
+        sources = [inspect.getsource(sys.modules[file]) for file in files]
+    except (KeyError, OSError, TypeError):
         return False
-    return "ALL_ATTENTION_FUNCTIONS" in source and not re.search(r"(==|!=|\bin\b).*[\"']sdpa[\"']", source)
+    asks = re.compile(r"(==|!=|\bin\b).*[\"']sdpa[\"']")
+    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources) and not any(map(asks.search, sources))

@@ -9,6 +9,7 @@ from essa.strategies import make_strategy
 
 from essa_kernels import (
     NoiseKey,
+    decode_attention,
     dispatch,
     es_update_,
     gaussian,
@@ -250,6 +251,20 @@ def test_stored_adapters_and_fused_layers_run_in_a_graph(seed):
     graph.replay()
     base = p.x.double() @ weight.double().T
     assert_y(y, p._replace(y=base), h_error=H_ERROR[torch.bfloat16])
+
+
+def test_decoding_attends_in_a_graph(seed):
+    query, cache = torch.randn(5, 6, 64, device="cuda").bfloat16(), torch.randn(5, 2, 300, 64, device="cuda").bfloat16()
+    mask = torch.rand(5, 300, device="cuda") < 0.7
+    expected = decode_attention(query, cache, cache, mask, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(query, cache, cache, mask, backend="triton")
+    graph.replay()
+    assert torch.equal(out, expected)
+    mask.fill_(True)
+    graph.replay()
+    torch.testing.assert_close(out, decode_attention(query, cache, cache, backend="reference"), rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
