@@ -5,6 +5,7 @@
 // maximum, then its values are summed. Scores, weights and sums are float32.
 //
 // An item's arithmetic does not depend on the other items: the same results in every batch and for every thread count.
+#include <math.h>
 #include <string.h>
 
 #include <type_traits>
@@ -20,8 +21,8 @@ namespace {
 
 constexpr int kHeads = W == 16 ? 8 : 4;  // query heads of a tile
 constexpr int kColumns = 2 * W;          // of values, in a tile
-constexpr int64_t kPositions = 256;      // of a block: long enough for the machine to foresee what is read next
-constexpr float kUnseen = -3.0e38f;      // the score of a position that is masked
+constexpr int64_t kPositions = 256;      // of a block, at most
+constexpr float kUnseen = -INFINITY;     // the score of a position that is masked
 
 // Calls body(std::integral_constant<int, count>()) for a count of 1 .. N, or N for a greater one.
 template <int N, class Body>
@@ -70,7 +71,7 @@ struct Attention {
   const int64_t block;  // positions at a time: the blocks are of one length, for each fetches the next
   float *scores, *sums, *greatest_score, *total, *line;
   Ahead keys_ahead, values_ahead;
-  float* hidden;  // 1 where a position of the block is not seen, else 0
+  float* unseen;  // 1 where a position of the block is masked, else 0
 
   explicit Attention(const DecodeAttentionArgs& a)
       : args(a),
@@ -89,7 +90,7 @@ struct Attention {
     greatest_score = pieces.take<float>(heads);
     total = pieces.take<float>(heads);
     line = pieces.take<float>(columns);
-    hidden = pieces.take<float>(kPositions);
+    unseen = pieces.take<float>(kPositions);
   }
 
   const Element* keys_of(int64_t item) const {
@@ -126,13 +127,13 @@ struct Attention {
     finish((Element*)args.out + (row * args.heads + kv_head * heads) * args.d_v);
   }
 
-  // Fills `hidden`; whether any position is seen.
+  // Fills `unseen`; whether any position is seen.
   bool look(int64_t row, int64_t at, int64_t positions) {
     const uint8_t* mask = args.mask == nullptr ? nullptr : args.mask + row * args.mask_row + at;
     bool any = false;
     for (int64_t t = 0; t < round_up(positions, W); ++t) {
       const bool seen = t < positions && (mask == nullptr || mask[t] != 0);
-      hidden[t] = seen ? 0.0f : 1.0f;
+      unseen[t] = seen ? 0.0f : 1.0f;
       any = any || seen;
     }
     return any;
@@ -154,7 +155,7 @@ struct Attention {
     vf highest = set1(greatest_score[k]);
     for (int64_t t = 0; t < positions; t += W) {
       const vf scaled = mul(load(own + t), set1(args.scale));
-      const vf score = select_less(zero(), load(hidden + t), set1(kUnseen), scaled);
+      const vf score = select_less(zero(), load(unseen + t), set1(kUnseen), scaled);
       store(own + t, score);
       highest = max(score, highest);
     }
@@ -170,7 +171,7 @@ struct Attention {
     vf added = zero();
     for (int64_t t = 0; t < positions; t += W) {
       const vf weight = exp(sub(load(own + t), set1(now)));
-      const vf seen = select_less(zero(), load(hidden + t), zero(), weight);
+      const vf seen = select_less(zero(), load(unseen + t), zero(), weight);
       store(own + t, seen);
       added = add(added, seen);
     }
@@ -224,7 +225,7 @@ struct Attention {
 
   void finish(Element* out) {
     for (int64_t k = 0; k < heads; ++k, out += args.d_v) {
-      const float factor = total[k] > 0.0f ? 1.0f / total[k] : 0.0f;
+      const float factor = total[k] == 0.0f ? 0.0f : 1.0f / total[k];
       for (int64_t j = 0; j < args.d_v; ++j) line[j] = factor * sums[k * columns + place_of<T>(j)];
       narrow<T>(line, args.d_v, out);
     }

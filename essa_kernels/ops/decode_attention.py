@@ -20,8 +20,8 @@ def decode_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v for one token of every row, with query heads that share key-value heads (GQA, MQA).
 
-    Keys and values are read once, whatever the number of query heads that share them. Scores, the softmax and sums are
-    in float32. No backward. A row's result does not depend on the other rows.
+    Query heads that share keys and values read them together. Scores, the softmax and sums are in float32. No backward.
+    A row's result does not depend on the other rows.
 
     Args:
         query: [rows, heads, d], float32, bfloat16 or float16. Query head h uses key-value head h // (heads / kv_heads).

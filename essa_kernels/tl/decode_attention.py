@@ -1,8 +1,9 @@
 """Attention of one token a row in Triton.
 
 A program serves one key-value head of a row and the query heads that share it, padded to what a matrix unit takes, so
-that keys and values are read once, or once for every block of many heads. It walks the positions with an online softmax; the sum over them has a fixed order,
-so results repeat exactly. Rows are not split over programs: a population has enough of them.
+that keys and values are read once; of many heads, once for every block of them. It walks the positions with an online
+softmax; the sum over them has a fixed order, so results repeat exactly. Rows are not split over programs: a population
+has enough of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .config import config, on_device
 from .storage import rounded
 from .svd_lora import LEAST_RANKS, dot, dot_of_float32
 
-UNSEEN = tl.constexpr(-3.0e38)
+UNSEEN = tl.constexpr(float("-inf"))
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -54,7 +55,7 @@ def decode_attention_kernel(
     column = tl.arange(0, COLUMNS)
     column_v = tl.arange(0, COLUMNS_V)
     first_head = kv_head * HEADS
-    place = query + row * query_row + (first_head + head)[:, None] * query_head + column[None, :]
+    place = query + row * query_row + (first_head + head)[:, None].to(tl.int64) * query_head + column[None, :]
     queries = tl.load(place, mask=(head < HEADS)[:, None] & (column < D)[None, :], other=0.0)
     key += row * key_row + kv_head.to(tl.int64) * key_head
     value += row * value_row + kv_head.to(tl.int64) * value_head
@@ -74,13 +75,13 @@ def decode_attention_kernel(
         scores = tl.where(seen[None, :], scores, UNSEEN)
         now = tl.maximum(greatest, tl.max(scores, axis=1))
         weights = tl.where(seen[None, :], tl.exp2(scores - now[:, None]), 0.0)
-        shrink = tl.exp2(greatest - now)
+        shrink = tl.where(now > greatest, tl.exp2(greatest - now), 1.0)
         total = total * shrink + tl.sum(weights, axis=1)
         value_place = value + lines[:, None] * value_position + column_v[None, :]
         values = tl.load(value_place, mask=inside[:, None] & (column_v < D_V)[None, :], other=0.0)
         sums = dot_of_float32(weights, values, sums * shrink[:, None])
         greatest = now
-    result = sums / tl.where(total > 0, total, 1.0)[:, None]
+    result = sums / tl.where(total == 0, 1.0, total)[:, None]
     heads = tl.num_programs(1) * HEADS
     place = out + (row * heads + first_head + head[:, None]) * D_V + column_v[None, :]
     inside = (head < HEADS)[:, None] & (column_v < D_V)[None, :]

@@ -1,6 +1,7 @@
 """Attention of one token a row by `essa_kernels.decode_attention`, in models of transformers.
 
 Importing this registers it under the name "essa": a model loaded with ``attn_implementation="essa"`` has it in ``generate``.
+It is for models that "sdpa" is for and that do nothing else with its name; others are refused when they run.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from essa_kernels import decode_attention, env_report
 
 NAME = "essa"
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
-# What transformers may ask of "sdpa" beyond scale and mask.
-MORE = ("dropout", "softcap", "position_bias", "s_aux", "cache", "output_attentions")
+# What "sdpa" is asked for beyond scale and mask; and what it would leave out of the result without a word.
+MORE = ("dropout", "softcap", "position_bias", "cache", "output_attentions")
+LEFT_OUT = ("s_aux", "sparse_indices")
 
 
 def attend(
@@ -40,32 +42,50 @@ def attend(
 
     Returns:
         [rows, tokens, heads, d], and None for the weights.
+
+    Raises:
+        ValueError: "sdpa" is not what the layer needs, or what it does depends on the name.
     """
+    if any(options.get(name) is not None for name in LEFT_OUT) or not _is_for(module):
+        raise ValueError(
+            f'attn_implementation "{NAME}" does what "sdpa" does; {type(module).__name__} needs more or asks for that '
+            "name, load its model with another"
+        )
     if not _fits(query, key, value, attention_mask, options):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(query), -1)
     return decode_attention(query[:, :, 0], key, value, mask, scale=options.get("scaling"))[:, None], None
 
 
+def _is_for(module: nn.Module) -> bool:
+    # The compiler cannot look at source code; what it compiles has usually run before.
+    return torch.compiler.is_compiling() or _only_looks_up(frozenset({type(module).__module__}))
+
+
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether `decode_attention` computes it, and a kernel does that."""
+    device = query.device.type
     # The compiler, which cannot look the kernel up, is told that there is one: the op warns where there is none.
-    if query.shape[2] != 1 or not (torch.compiler.is_compiling() or _has_kernel(query.device.type)):
+    if query.shape[2] != 1 or device not in KERNELS or not (torch.compiler.is_compiling() or _has_kernel(device)):
         return False
     if any(isinstance(option, Tensor) or option for option in map(options.get, MORE)):
         return False
-    tensors = (query, key, value)
+    tensors, scaling = (query, key, value), options.get("scaling")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if isinstance(scaling, Tensor) or any(len(tensor) != len(query) for tensor in tensors):
         return False
     if any(tensor.dtype != query.dtype or tensor.stride(-1) != 1 for tensor in tensors):
         return False
+    if mask is None:
+        return True
     seen = (1, 1, key.shape[2])
-    return mask is None or (mask.dtype is torch.bool and mask.shape[1:] == seen and mask.stride(-1) == 1)
+    return mask.dtype is torch.bool and len(mask) in (1, len(query)) and mask.shape[1:] == seen and mask.stride(-1) == 1
 
 
 @functools.cache
 def _has_kernel(device_type: str) -> bool:
-    return device_type in KERNELS and env_report()["backends"][device_type][KERNELS[device_type]] == "available"
+    return env_report()["backends"][device_type][KERNELS[device_type]] == "available"
 
 
 AttentionInterface.register(NAME, attend)

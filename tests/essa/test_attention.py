@@ -7,7 +7,14 @@ import torch
 from essa import attention
 from essa.attention import attend, kernel_attention
 from torch.testing import assert_close
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 SIZES = {
     "vocab_size": 40,
@@ -124,6 +131,32 @@ def test_masks(model, calls, mask, by_the_op):
     assert_close(got, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("query_rows", [1, 3])
+def test_rows_that_are_shared(model, calls, query_rows):
+    query, (key, value) = torch.randn(query_rows, 6, 1, 8), torch.randn(2, 3, 2, 6, 8)
+    with torch.inference_mode():
+        got, _ = attend(model.model.layers[0].self_attn, query, key, value, None, scaling=torch.tensor(0.3).item())
+    assert got.shape == (3, 1, 6, 8)
+    assert bool(calls) is (query_rows == 3)
+
+
+GPT_OSS = {**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+FALCON = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+
+
+def test_sinks_are_not_left_out():
+    config = AutoConfig.for_model("gpt_oss", **GPT_OSS, attn_implementation="essa")
+    with pytest.raises(ValueError, match=r'does what "sdpa" does; GptOssAttention needs more'):
+        AutoModelForCausalLM.from_config(config)(input_ids=IDS)
+
+
+def test_a_layer_that_asks_for_the_name_is_refused(model):
+    query, (key, value) = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 2, 6, 8)
+    layer = FalconForCausalLM(FalconConfig(**FALCON)).transformer.h[0].self_attention
+    with pytest.raises(ValueError, match="FalconAttention needs more or asks for that name"):
+        attend(layer, query, key, value, None)
+
+
 def test_no_kernel_no_change(model, calls, monkeypatch):
     monkeypatch.setattr(attention, "_has_kernel", lambda device_type: False)
     with torch.inference_mode(), kernel_attention(model):
@@ -132,8 +165,7 @@ def test_no_kernel_no_change(model, calls, monkeypatch):
 
 
 def test_models_that_do_more_with_the_name_keep_theirs(model, monkeypatch):
-    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    falcon = FalconForCausalLM(FalconConfig(**sizes))
+    falcon = FalconForCausalLM(FalconConfig(**FALCON))
     with kernel_attention(falcon):
         assert falcon.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")

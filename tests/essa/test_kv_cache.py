@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from essa.kv_cache import ROOM, grow_in_place
@@ -67,13 +70,52 @@ def test_no_more_room_than_is_needed(seed):
 
 
 def test_what_was_returned_before_is_not_written_to(seed):
-    """Rows that leave and come back as copies do not share a buffer."""
+    """Positions that are taken back and written anew are not those of the buffer."""
     _, growing = caches(CONFIGS["all"], 5)
     before, _ = growing.update(*torch.randn(2, 3, 2, 1, 8), 0)
     kept = before.clone()
-    growing.reorder_cache(torch.tensor([2, 1]))
-    growing.update(*torch.randn(2, 2, 2, 1, 8), 0)
+    growing.layers[0].crop(-1)
+    growing.update(*torch.randn(2, 3, 2, 1, 8), 0)
+    assert growing.layers[0].keys.shape == before.shape
     assert torch.equal(before, kept)
+
+
+def test_rows_that_leave_take_their_memory_along(seed):
+    _, growing = caches(CONFIGS["all"], 5)
+    growing.update(*torch.randn(2, 3, 2, 1, 8), 0)
+    old = weakref.ref(growing.layers[0].key_room.buffer)
+    growing.reorder_cache(torch.tensor([2, 1]))
+    gc.collect()
+    assert old() is None
+    assert growing.layers[0].keys.untyped_storage().nbytes() == 4 * 2 * 2 * 6 * 8
+
+
+@pytest.mark.parametrize("name", ["all", "window"])
+def test_a_cache_that_starts_again(name, seed):
+    plain, growing = caches(CONFIGS[name], 5)
+    for cache in (plain, growing):
+        cache.update(*torch.ones(2, 3, 2, 1, 8), 0)
+        cache.reset()
+    more = torch.randn(2, 3, 2, 2, 8)
+    for _ in range(3):
+        for expected, got in zip(plain.update(*more, 0), growing.update(*more, 0), strict=True):
+            assert torch.equal(got, expected)
+    assert growing.get_seq_length() == plain.get_seq_length()
+
+
+def test_a_window_that_records_its_past(seed):
+    plain, growing = caches(CONFIGS["window"], 12)
+    if not hasattr(plain.layers[0], "activate_past_recording"):
+        pytest.skip("this transformers does not record")
+    for step in range(6):
+        more = torch.randn(2, 3, 2, 1, 8)
+        for cache in (plain, growing):
+            if step == 2:
+                cache.layers[0].activate_past_recording()
+            cache.update(*more, 0)
+            if step == 4:
+                cache.layers[0].crop(-2)
+        assert torch.equal(growing.layers[0].keys, plain.layers[0].keys)
 
 
 def test_other_layers_are_left_alone():

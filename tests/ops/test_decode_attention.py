@@ -181,6 +181,9 @@ def test_what_is_not_finite_is_not_hidden(backend, seed):
     got = decode_attention(*operands, backend=name)
     assert got[0, :, 3].isnan().all()
     assert got[1].isnan().all()
+    query = torch.ones_like(operands.query)
+    of_infinite_keys = decode_attention(query, torch.full_like(operands.key, -torch.inf), operands.key, backend=name)
+    assert of_infinite_keys.isnan().all()
 
 
 # Layout
