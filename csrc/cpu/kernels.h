@@ -150,7 +150,7 @@ struct MultiLoraArgs {
 struct DecodeAttentionArgs {
   int dtype;
   int64_t rows, heads, kv_heads, length, d, d_v;
-  const void *query, *key, *value;  // [rows, heads, d], [rows, kv_heads, length, d], [.., d_v]: adjacent elements, strides:
+  const void *query, *key, *value;  // [rows, heads, d], [rows, kv_heads, length, d], [.., d_v]: adjacent elements
   int64_t query_row, query_head;
   int64_t key_row, key_head, key_position;
   int64_t value_row, value_head, value_position;

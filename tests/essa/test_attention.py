@@ -36,7 +36,7 @@ def model():
 
 @pytest.fixture
 def calls(monkeypatch, native):
-    """How many tokens' attention the op has computed: the shapes of its keys."""
+    """The shapes of the keys that the op has been called with."""
     shapes = []
 
     def counted(query, key, *arguments, **options):
@@ -135,7 +135,7 @@ def test_masks(model, calls, mask, by_the_op):
 def test_rows_that_are_shared(model, calls, query_rows):
     query, (key, value) = torch.randn(query_rows, 6, 1, 8), torch.randn(2, 3, 2, 6, 8)
     with torch.inference_mode():
-        got, _ = attend(model.model.layers[0].self_attn, query, key, value, None, scaling=torch.tensor(0.3).item())
+        got, _ = attend(model.model.layers[0].self_attn, query, key, value, None, scaling=0.3)
     assert got.shape == (3, 1, 6, 8)
     assert bool(calls) is (query_rows == 3)
 
@@ -150,7 +150,7 @@ def test_sinks_are_not_left_out():
         AutoModelForCausalLM.from_config(config)(input_ids=IDS)
 
 
-def test_a_layer_that_asks_for_the_name_is_refused(model):
+def test_a_layer_that_asks_for_the_name_is_refused():
     query, (key, value) = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 2, 6, 8)
     layer = FalconForCausalLM(FalconConfig(**FALCON)).transformer.h[0].self_attention
     with pytest.raises(ValueError, match="FalconAttention needs more or asks for that name"):
@@ -164,7 +164,7 @@ def test_no_kernel_no_change(model, calls, monkeypatch):
     assert not calls
 
 
-def test_models_that_do_more_with_the_name_keep_theirs(model, monkeypatch):
+def test_models_that_do_more_with_the_name_keep_theirs(model):
     falcon = FalconForCausalLM(FalconConfig(**FALCON))
     with kernel_attention(falcon):
         assert falcon.config._attn_implementation == "sdpa"

@@ -172,8 +172,8 @@ def test_a_row_does_not_depend_on_the_others(backend, dtype, seed):
     for row in range(5):
         alone = Operands(*(tensor[row, None] for tensor in operands))
         assert torch.equal(decode_attention(*alone, backend=name), expected[row, None])
-    assert torch.equal(decode_attention(*operands._replace(mask=operands.mask | True), backend=name),
-                       decode_attention(*operands._replace(mask=None), backend=name))  # fmt: skip
+    all_seen, unmasked = operands._replace(mask=operands.mask | True), operands._replace(mask=None)
+    assert torch.equal(decode_attention(*all_seen, backend=name), decode_attention(*unmasked, backend=name))
 
 
 def test_what_is_not_finite_is_not_hidden(backend, seed):
