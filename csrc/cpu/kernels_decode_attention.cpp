@@ -37,9 +37,7 @@ ESSA_INLINE void with_count(int64_t count, Body body) {
 template <class T>
 ESSA_INLINE void load_pair(const typename T::Element* p, vf out[2]) {
   if constexpr (std::is_same<T, BFloat16>::value) {
-    vi both;
-    memcpy(&both, p, sizeof(both));
-    out[0] = as_float(shl<16>(both)), out[1] = as_float(andi(both, seti(0xffff0000u)));
+    load_bf16_even_odd(p, &out[0], &out[1]);
   } else {
     out[0] = T::get(p), out[1] = T::get(p + W);
   }

@@ -47,14 +47,13 @@ struct BFloat16 : Storage<kBFloat16> {
   ESSA_INLINE Pack pack(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
   ESSA_INLINE vf dot(Pack a, Pack b, vf sum) { return _mm512_dpbf16_ps(sum, a, b); }
 #else
-  // Even and odd elements apart: one shift and one mask widen two vectors.
   struct Pack {
     vf even, odd;
   };
   ESSA_INLINE Pack pack(const Element* p) {
-    vi both;
-    __builtin_memcpy(&both, p, sizeof(both));
-    return Pack{as_float(shl<16>(both)), as_float(andi(both, seti(0xffff0000u)))};
+    Pack pack;
+    load_bf16_even_odd(p, &pack.even, &pack.odd);
+    return pack;
   }
   ESSA_INLINE vf dot(Pack a, Pack b, vf sum) { return muladd(a.odd, b.odd, muladd(a.even, b.even, sum)); }
 #endif
@@ -373,10 +372,7 @@ struct Tiles<BFloat16, BFloat16> {
   ESSA_INLINE void tile(Lines h, const float* packed, int64_t ranks, Rows y, int64_t at) {
     vf sums[M][kExpandVectors];
     for (int i = 0; i < M; ++i)
-      for (int n = 0; n < kExpandVectors; n += 2) {
-        const vi both = _mm512_loadu_si512(y(i) + at + n * W);
-        sums[i][n] = as_float(shl<16>(both)), sums[i][n + 1] = as_float(andi(both, seti(0xffff0000u)));
-      }
+      for (int n = 0; n < kExpandVectors; n += 2) load_bf16_even_odd(y(i) + at + n * W, &sums[i][n], &sums[i][n + 1]);
     for (int64_t p = 0; p < words(ranks); ++p) {
       __m512bh f[kExpandVectors];
       for (int n = 0; n < kExpandVectors; ++n) f[n] = (__m512bh)load(packed + p * kExpandColumns + n * W);

@@ -343,6 +343,13 @@ ESSA_INLINE void store_sums(const vf* a, float* out) {
   for (int k = 0; k < K; ++k) out[k] = sum(a[k]);
 }
 
+// 2 * W adjacent bfloat16: one shift and one mask widen two vectors.
+ESSA_INLINE void load_bf16_even_odd(const uint16_t* p, vf* even, vf* odd) {
+  vi both;
+  __builtin_memcpy(&both, p, sizeof(both));
+  *even = as_float(shl<16>(both)), *odd = as_float(andi(both, seti(0xffff0000u)));
+}
+
 // `store_bf16` for what is held to a tolerance: the machine's instruction flushes subnormals to zero.
 #if defined(__AVX512BF16__)
 ESSA_INLINE void store_bf16_fast(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }

@@ -9,7 +9,7 @@ from .parametrization import POINT, Parametrization, Perturbed
 from .population import Population
 from .singular_values import SingularValues
 from .svd_lora import SVDLoRA
-from .weights import named_text_weights
+from .weights import named_text_weights, of_routed_experts
 
 __all__ = [
     "POINT",
@@ -22,4 +22,5 @@ __all__ = [
     "SVDLoRA",
     "SingularValues",
     "named_text_weights",
+    "of_routed_experts",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .weights import named_text_weights
+from .weights import named_text_weights, of_routed_experts
 
 MAKE_ONE = "make one with peft.get_peft_model(model, peft.LoraConfig(...)) and train it, or with `essa sft`"
 
@@ -97,7 +97,7 @@ def _check_layer(name: str, module: Any, adapter_name: str) -> None:
     base = module.get_base_layer()
     if adapter_name in module.lora_embedding_A or isinstance(base, nn.Embedding):
         raise ValueError(f"{name}: LoRA on an embedding is not supported, only on linear layers")
-    if ".experts." in f".{name}.":
+    if of_routed_experts(name):
         raise ValueError(f"{name}: LoRA on routed experts is not supported, their rows cannot be told apart by member")
     variant = getattr(module, "lora_variant", {}).get(adapter_name)
     if variant is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import NoiseKey, lowrank_perturbed, lowrank_update_
 from .parametrization import Perturbed, member_ids
 from .population import Attaching, Forward, Population, own_forward
-from .weights import Weights, check_bare, check_floating, named_text_weights
+from .weights import Weights, check_bare, check_floating, named_text_weights, of_routed_experts
 
 
 class LowRankNoise(Attaching, Weights):
@@ -97,7 +97,7 @@ def find_linear_layers(model: Any) -> list[tuple[str, Any]]:
         if (_is_linear(module) or _is_transposed(module))
         and module is not head
         and id(module.weight) in of_text
-        and ".experts." not in f".{name}."
+        and not of_routed_experts(name)
     ]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no linear layer besides its output layer")

@@ -81,6 +81,11 @@ def named_text_weights(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, weight) for name, weight in parameters if id(weight) in of_text]
 
 
+def of_routed_experts(name: str) -> bool:
+    """Whether a module or parameter of this dotted name belongs to routed experts, each of which sees rows of its own."""
+    return "experts" in name.split(".")
+
+
 def check_floating(name: str, weight: Tensor) -> None:
     """Raise unless a weight is a plain floating-point tensor, which noise can be added to."""
     if type(weight.data) is not Tensor or not weight.is_floating_point():

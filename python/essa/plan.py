@@ -25,6 +25,7 @@ from torch import nn
 
 from essa.config import InputError
 from essa.hub import offline_note, reach_hub
+from essa_kernels.nn import of_routed_experts
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 # int8: one bfloat16 scale a row; int4: a scale and a zero point for each group of 32 weights.
@@ -89,7 +90,7 @@ class Shape:
             model = AutoModelForCausalLM.from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-        experts = [weight for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3]
+        experts = [weight for name, weight in model.named_parameters() if of_routed_experts(name) and weight.dim() == 3]
         text = config.get_text_config()
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from essa.config import QUANTIZATIONS, InputError
+from essa_kernels.nn import of_routed_experts
 
 INT4_GROUP = 32
 
@@ -62,7 +63,9 @@ def quantization_config(quantization: str, device: torch.device) -> Any:
 def check_quantised(model: nn.Module, quantization: str) -> None:
     """Raise `InputError` unless all linear layers but the head were quantised, and there are no routed experts beside them:
     torchao passes over what it cannot quantise."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and type(p) is nn.Parameter)
+    experts = sum(
+        p.numel() for name, p in model.named_parameters() if of_routed_experts(name) and type(p) is nn.Parameter
+    )
     if experts:
         share = f"{experts / sum(p.numel() for p in model.parameters()):.0%} of its parameters"
         raise InputError(
