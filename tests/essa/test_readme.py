@@ -1,20 +1,29 @@
-"""The README's Python is run as it stands, with the demo's model where it names one of the reader's."""
+"""The READMEs' Python is run as it stands, with the demo's model where it names one of the reader's."""
 
 from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+READMES = [ROOT / "README.md", ROOT / "essa_kernels" / "README.md"]
+
+
+def blocks() -> Iterator:
+    """Each block of Python, under its section's name."""
+    for readme in READMES:
+        for section in readme.read_text().split("\n## ")[1:]:
+            for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+                yield pytest.param(code, id=section.partition("\n")[0])
 
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch, warm_start):
-    """What the README's names stand for; the current folder is empty."""
+    """What the READMEs' names stand for; the current folder is empty."""
     from essa.demo import task
     from essa.demo.warm_start import BASE_MODEL
 
@@ -31,7 +40,7 @@ def stand_ins(tmp_path, monkeypatch, warm_start):
     }
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n")[0])
+@pytest.mark.parametrize("block", blocks())
 def test_a_block_runs(block, stand_ins, tmp_path):
     for name, stand_in in stand_ins.items():
         block = block.replace(name, stand_in)
