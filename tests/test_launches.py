@@ -144,6 +144,27 @@ def test_weights_from_the_cpu_are_not_waited_for(launched, op):
     assert not WAITS and len(launched) == 2
 
 
+def test_a_tensor_alone_waits_for_nothing_the_first_time(launched):
+    """A loop over a model's parameters would soon forget tables that are kept."""
+    matrix, weights = on_gpu(8, 12), on_gpu(6)
+    WAITS.clear()
+    perturb_(matrix, KEY, 3, 0.1)
+    es_update_(matrix, KEY, weights)
+    assert not WAITS and len(launched) == 2
+
+
+def test_a_list_met_first_under_capture_is_refused(launched, monkeypatch):
+    tensors, x, factors = [on_gpu(3), on_gpu(4)], on_gpu(2, 3), [on_gpu(1, 3), on_gpu(2, 3)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for call in (
+        lambda: perturb_(tensors, KEY, 0, 0.1),
+        lambda: multi_lora(x, factors, [f.T.contiguous() for f in factors], torch.tensor([0, 1]).to("cuda:0")),
+    ):
+        with pytest.raises(RuntimeError, match="call once before the capture"):
+            call()
+    assert not launched
+
+
 def test_every_op_is_here():
     public = {name for name in dispatch.OPS if not name.endswith("_backward")}
     assert public == LAUNCHES.keys()

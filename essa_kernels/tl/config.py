@@ -83,6 +83,16 @@ def outlives_graphs(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sent_before_capture(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on the device, to be kept: it is waited for, which no CUDA graph may do while it is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and these tensors are met for the first time: make the same call once before "
+            "the capture (a warm-up)"
+        )
+    return tensor.to(device)
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device current, which is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,13 +1,15 @@
 """Full-rank noise on parameters in Triton: a member's perturbation, and the update of all members.
 
 The tensors of one dtype are one launch: a table on the device says where each one lies, and a program takes some noise
-tiles of one tensor. An update keeps the sums of its tiles in registers while it draws one pair after the other.
+tiles of one tensor. A tensor alone needs no table. An update keeps the sums of its tiles in registers while it draws one
+pair after the other.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..noise import GAUSSIAN_TILE, RADEMACHER_TILE
-from .config import config, on_device, outlives_graphs
+from .config import config, on_device, outlives_graphs, sent_before_capture
 from .noise import (
     GAUSSIAN_COLUMNS,
     GAUSSIAN_TAG,
@@ -31,6 +33,7 @@ from .noise import (
 from .storage import rounded
 
 SEARCH_WIDTH = tl.constexpr(256)
+PLACE_ARGUMENTS = ["tensors", "cols", "tiles"]
 KEY_ARGUMENTS = ["k0", "k1", "site", "generation"]
 
 
@@ -52,13 +55,9 @@ def _signed(value, words, bit):
 
 
 @triton.jit
-def _tiles(table, tensors, TILE: tl.constexpr, TILES: tl.constexpr, ELEMENT: tl.constexpr):
-    """A program's share of the tensors in the table, whose rows are `end`, `address`, `cols`, `tiles` and `index`.
-
-    Returns the tiles' indices in their noise matrix, where each one starts, how many of its elements exist, and the
-    tensor's position in the list.
-    """
-    program = tl.program_id(0)
+def _in_table(table, tensors, program):
+    """Of the tensor that a program belongs to: where it begins, its columns and tiles, its position in the list, and its
+    first program. The table's rows are `end`, `address`, `cols`, `tiles` and `index`."""
     place = 0
     for first in range(0, tensors, SEARCH_WIDTH):
         entry = first + tl.arange(0, SEARCH_WIDTH)
@@ -69,20 +68,37 @@ def _tiles(table, tensors, TILE: tl.constexpr, TILES: tl.constexpr, ELEMENT: tl.
     tiles = tl.load(table + 3 * tensors + place)
     index = tl.load(table + 4 * tensors + place)
     begin = tl.load(table + place - 1, mask=place > 0, other=0)
-    tile = ((program - begin) * TILES + tl.arange(0, TILES)).to(tl.int32)
+    return address, cols, tiles, index.to(tl.int32), begin
+
+
+@triton.jit
+def _tiles(where, tensors, cols, tiles, TILE: tl.constexpr, TILES: tl.constexpr, ELEMENT: tl.constexpr):
+    """A program's share of a tensor, or of the tensors in a table: what `where` points to says which.
+
+    Returns the tiles' indices in their noise matrix, where each one starts, how many of its elements exist, and the
+    tensor's position in the list.
+    """
+    program = tl.program_id(0)
+    if where.dtype.element_ty == tl.int64:
+        address, cols, tiles, index, begin = _in_table(where, tensors, program)
+        tensor = address.to(tl.pointer_type(ELEMENT))
+        program -= begin
+    else:
+        tensor, index = where, 0
+        cols, tiles = cols.to(tl.int64), tiles.to(tl.int64)
+    tile = (program * TILES + tl.arange(0, TILES)).to(tl.int32)
     tiles_per_row = ((cols + TILE - 1) // TILE).to(tl.int32)
     row = tile // tiles_per_row
     column = (tile - row * tiles_per_row).to(tl.int64) * TILE
     left = tl.where(tile < tiles, tl.minimum(cols - column, TILE), 0).to(tl.int32)
-    start = address.to(tl.pointer_type(ELEMENT)) + (row.to(tl.int64) * cols + column)
-    return tile, start, left, index.to(tl.int32)
+    return tile, tensor + (row.to(tl.int64) * cols + column), left, index
 
 
-@triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pair"])
+@triton.jit(do_not_specialize=[*PLACE_ARGUMENTS, *KEY_ARGUMENTS, "pair"])
 def perturb_gaussian_kernel(
-    table, tensors, k0, k1, site, pair, generation, sigma, ELEMENT: tl.constexpr, TILES: tl.constexpr
+    where, tensors, cols, tiles, k0, k1, site, pair, generation, sigma, ELEMENT: tl.constexpr, TILES: tl.constexpr
 ):
-    tile, start, left, index = _tiles(table, tensors, GAUSSIAN_COLUMNS, TILES, ELEMENT)
+    tile, start, left, index = _tiles(where, tensors, cols, tiles, GAUSSIAN_COLUMNS, TILES, ELEMENT)
     start, left = start[:, None], left[:, None]
     lane = tl.arange(0, LANES)[None, :]
     block = (tile[:, None] * LANES + lane).to(tl.uint32)
@@ -93,11 +109,11 @@ def perturb_gaussian_kernel(
     _store(start, lane + 3 * LANES, left, tl.fma(sigma, z3, _load(start, lane + 3 * LANES, left)))
 
 
-@triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pairs"])
+@triton.jit(do_not_specialize=[*PLACE_ARGUMENTS, *KEY_ARGUMENTS, "pairs"])
 def update_gaussian_kernel(
-    table, tensors, k0, k1, site, weights, pairs, generation, ELEMENT: tl.constexpr, TILES: tl.constexpr
+    where, tensors, cols, tiles, k0, k1, site, weights, pairs, generation, ELEMENT: tl.constexpr, TILES: tl.constexpr
 ):
-    tile, start, left, index = _tiles(table, tensors, GAUSSIAN_COLUMNS, TILES, ELEMENT)
+    tile, start, left, index = _tiles(where, tensors, cols, tiles, GAUSSIAN_COLUMNS, TILES, ELEMENT)
     start, left = start[:, None], left[:, None]
     lane = tl.arange(0, LANES)[None, :]
     block = (tile[:, None] * LANES + lane).to(tl.uint32)
@@ -119,11 +135,11 @@ def update_gaussian_kernel(
     _store(start, lane + 3 * LANES, left, _load(start, lane + 3 * LANES, left) + total3)
 
 
-@triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pair"])
+@triton.jit(do_not_specialize=[*PLACE_ARGUMENTS, *KEY_ARGUMENTS, "pair"])
 def perturb_rademacher_kernel(
-    table, tensors, k0, k1, site, pair, generation, sigma, ELEMENT: tl.constexpr, TILES: tl.constexpr
+    where, tensors, cols, tiles, k0, k1, site, pair, generation, sigma, ELEMENT: tl.constexpr, TILES: tl.constexpr
 ):
-    tile, start, left, index = _tiles(table, tensors, RADEMACHER_COLUMNS, TILES, ELEMENT)
+    tile, start, left, index = _tiles(where, tensors, cols, tiles, RADEMACHER_COLUMNS, TILES, ELEMENT)
     start, left = start[:, None, None], left[:, None, None]
     bit = tl.arange(0, 32)[None, :, None]
     element = bit * (4 * LANES) + tl.arange(0, 4 * LANES)[None, None, :]
@@ -133,11 +149,11 @@ def perturb_rademacher_kernel(
     )
 
 
-@triton.jit(do_not_specialize=[*KEY_ARGUMENTS, "tensors", "pairs"])
+@triton.jit(do_not_specialize=[*PLACE_ARGUMENTS, *KEY_ARGUMENTS, "pairs"])
 def update_rademacher_kernel(
-    table, tensors, k0, k1, site, weights, pairs, generation, ELEMENT: tl.constexpr, TILES: tl.constexpr
+    where, tensors, cols, tiles, k0, k1, site, weights, pairs, generation, ELEMENT: tl.constexpr, TILES: tl.constexpr
 ):
-    tile, start, left, index = _tiles(table, tensors, RADEMACHER_COLUMNS, TILES, ELEMENT)
+    tile, start, left, index = _tiles(where, tensors, cols, tiles, RADEMACHER_COLUMNS, TILES, ELEMENT)
     start, left = start[:, None, None], left[:, None, None]
     bit = tl.arange(0, 32)[None, :, None]
     element = bit * (4 * LANES) + tl.arange(0, 4 * LANES)[None, None, :]
@@ -162,14 +178,11 @@ def perturb_(
 ) -> None:
     """tensor i += sigma eps, with the member's eps of site + 2 i."""
     tag, tile, kernel, _ = KERNELS[distribution]
-    key = key_words(tag, seed, generation, site, member)
-    if key.pop("sign"):
-        sigma = -sigma
-    for element, table, programs, options in _launches(tensors, f"perturb_{distribution}", tile):
-        with on_device(table):
-            kernel[(programs,)](
-                table, table.shape[1], **key, sigma=sigma, ELEMENT=element, enable_fp_fusion=False, **options
-            )
+    for programs, index, arguments in _launches(tensors, f"perturb_{distribution}", tile):
+        key = key_words(tag, seed, generation, site + 2 * index, member)
+        signed_sigma = -sigma if key.pop("sign") else sigma
+        with on_device(tensors[0]):
+            kernel[(programs,)](**arguments, **key, sigma=signed_sigma, enable_fp_fusion=False)
 
 
 def es_update_(
@@ -177,42 +190,48 @@ def es_update_(
 ) -> None:
     """tensor i += sum over pairs of pair_weights[pair] eps, with eps drawn from site + 2 i."""
     tag, tile, _, kernel = KERNELS[distribution]
-    key = key_words(tag, seed, generation, site, 0)
-    del key["sign"], key["pair"]
     of_all = {"weights": pair_weights, "pairs": pair_weights.shape[0], "enable_fp_fusion": False}
-    for element, table, programs, options in _launches(tensors, f"es_update_{distribution}", tile):
-        with on_device(table):
-            kernel[(programs,)](table, table.shape[1], **key, **of_all, ELEMENT=element, **options)
+    for programs, index, arguments in _launches(tensors, f"es_update_{distribution}", tile):
+        key = key_words(tag, seed, generation, site + 2 * index, 0)
+        del key["sign"], key["pair"]
+        with on_device(tensors[0]):
+            kernel[(programs,)](**arguments, **key, **of_all)
 
 
-def _launches(
-    tensors: Sequence[Tensor], name: str, tile: int
-) -> Iterator[tuple[tl.dtype, Tensor, int, dict[str, int]]]:
-    """Per dtype: the table of its tensors, the number of programs, and the kernel's parameters."""
+def _launches(tensors: Sequence[Tensor], name: str, tile: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Per dtype: the number of programs, the position that they count from, and the kernel's arguments but for the key."""
     parameters = config(tensors[0], name)
     tiles_each = parameters["tiles"]
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        entries = tuple(
-            (tensor.data_ptr(), *tensor.shape, i)
-            for i, tensor in enumerate(tensors)
-            if tensor.dtype is dtype and tensor.numel()
-        )
-        if entries:
+        own = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.dtype is dtype and tensor.numel()]
+        if not own:
+            continue
+        if len(own) == 1:
+            index, tensor = own[0]
+            tiles = _tiles_of(tensor.shape[0], tensor.shape[1], tile)
+            programs = triton.cdiv(tiles, tiles_each)
+            place = {"where": tensor, "tensors": 1, "cols": tensor.shape[1], "tiles": tiles}
+        else:
+            entries = tuple((tensor.data_ptr(), *tensor.shape, i) for i, tensor in own)
             table, programs = _table(entries, tile, tiles_each, tensors[0].device)
-            options = {"TILES": tiles_each, "num_warps": parameters["num_warps"]}
-            yield ELEMENTS[dtype], outlives_graphs(table), programs, options
+            index, place = 0, {"where": outlives_graphs(table), "tensors": len(own), "cols": 0, "tiles": 0}
+        options = {"ELEMENT": ELEMENTS[dtype], "TILES": tiles_each, "num_warps": parameters["num_warps"]}
+        yield programs, index, place | options
 
 
-# The copy to the device waits for it, and may not happen while a CUDA graph is captured; a model's parameters stay where
-# they are, so that only the first call of many pays.
-@functools.lru_cache(maxsize=64)
+def _tiles_of(rows: int, cols: int, tile: int) -> int:
+    return rows * triton.cdiv(cols, tile)
+
+
+# A model's parameters stay where they are, so that only the first call of many waits for the copy to the device.
+@functools.lru_cache(maxsize=256)
 def _table(
     entries: tuple[tuple[int, int, int, int], ...], tile: int, tiles_each: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    """The table that `_tiles` reads, int64 [5, tensors], and how many programs it takes."""
+    """The table that `_in_table` reads, int64 [5, tensors], and how many programs it takes."""
     columns, end = [], 0
     for address, rows, cols, index in entries:
-        tiles = rows * triton.cdiv(cols, tile)
+        tiles = _tiles_of(rows, cols, tile)
         end += triton.cdiv(tiles, tiles_each)
         columns.append((end, address, cols, tiles, index))
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device), end
+    return sent_before_capture(torch.tensor(columns, dtype=torch.int64).T.contiguous(), device), end

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import config, on_device, outlives_graphs
+from .config import config, on_device, outlives_graphs, sent_before_capture
 from .storage import rounded
 from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32, rank_block
 
@@ -228,7 +228,7 @@ def _batch(x: Tensor, a: Sequence[Tensor], ids: Tensor, scalings: Tensor | None,
 @functools.lru_cache(maxsize=1024)
 def _starts(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept, so that a graph that is captured after a first call finds it on the device."""
-    return torch.tensor([0, *ranks]).cumsum(0).to(device)
+    return sent_before_capture(torch.tensor([0, *ranks]).cumsum(0), device)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -82,7 +82,7 @@ def test_fills_have_the_bits_of_the_contract(configure, distribution, shape, key
 @pytest.mark.parametrize("tiles", [1, 16])
 def test_updates_have_the_bits_of_the_contract(configure, seed, distribution, tiles):
     configure({f"{op}_{distribution}": {"tiles": tiles} for op in ("perturb", "es_update")})
-    shapes = [(1, 1), (7, 129), (3, 2050), (0, 5), (130, 1), (2, 4096)]
+    shapes = [(0, 5), (7, 129), (3, 2050), (1, 1), (130, 1), (2, 4096)]  # the float32 one is the fourth, and alone
     flat = [torch.randn(rows * cols + 1).to(DTYPES[i % 3]) for i, (rows, cols) in enumerate(shapes)]
     got = [f[:-1].view(shape) for f, shape in zip(flat, shapes, strict=True)]
     expected, ends = [tensor.clone() for tensor in got], [float(f[-1]) for f in flat]
@@ -91,6 +91,9 @@ def test_updates_have_the_bits_of_the_contract(configure, seed, distribution, ti
     for implementation, tensors in ((es_update, got), (reference_update, expected)):
         implementation.perturb_(tensors, 2**64 - 1, 7, 4, 5, 0.03, distribution)
         implementation.es_update_(tensors, 2**63 + 5, 2**32 - 1, 4, weights, distribution)
+        for tensor in tensors:
+            implementation.perturb_([tensor], 3, 7, 2**30 - 2, 4, 0.03, distribution)
+            implementation.es_update_([tensor], 3, 7, 2**30 - 2, weights, distribution)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
     assert ends == [float(f[-1]) for f in flat], "wrote past the end"
