@@ -24,6 +24,7 @@ from .oracle import (
     assert_rows_of_linear_are_apart,
     assert_threads_change_nothing,
     bad_base_layers,
+    peaks,
     skip_unavailable,
 )
 
@@ -317,6 +318,25 @@ def test_no_rows(backend, counts):
 def test_threads_change_nothing(dtype, distribution, seed, native):
     operands = random_operands([*range(50), 77], [1] * 50 + [300], 300, 2100, 8, dtype)
     assert_threads_change_nothing(lambda: call(operands, None, distribution, backend="cpu"))
+
+
+FORWARD = """
+import torch
+from essa_kernels import NoiseKey, lora_perturbed
+
+torch.set_num_threads(1)
+x, a, b, y = (torch.randn(shape) for shape in ((4096, 256), (8, 256), (256, 8), (4096, 256)))
+groups = {count: (torch.arange(count), torch.arange(0, 4097, 4096 // count)) for count in (8, 4096)}
+lora_perturbed(x, a, b, NoiseKey(0), 0.1, *groups[8], y=y, backend="cpu")
+"""
+
+
+def test_memory_does_not_grow_with_the_members(native):
+    """Of the same 4096 rows, beside them and y: the factors of one member are 16 KiB, those of 4096 are 64 MiB."""
+    call = 'lora_perturbed(x, a, b, NoiseKey(1), 0.1, *groups[{}], y=y, backend="cpu")'
+    few, many = peaks(FORWARD, call.format(8), call.format(4096))
+    assert few < 1024
+    assert many < 1024
 
 
 # Registration

@@ -280,6 +280,25 @@ def test_every_instruction_set(isa_environment):
     run_tests("any_sizes or any_update or (cpu-cpu and tile)", isa_environment, *files)
 
 
+FORWARD = """
+import torch
+from essa_kernels import NoiseKey, lowrank_perturbed
+
+torch.set_num_threads(1)
+x, y = torch.randn(4096, 256), torch.randn(4096, 256)
+groups = {count: (torch.arange(count), torch.arange(0, 4097, 4096 // count)) for count in (8, 4096)}
+lowrank_perturbed(x, 256, NoiseKey(0), 0.1, *groups[8], rank=8, y=y, backend="cpu")
+"""
+
+
+def test_memory_of_the_forward_does_not_grow_with_the_members(native):
+    """Of the same 4096 rows, beside them and y: the factors of one pair are 16 KiB, those of 2048 are 32 MiB."""
+    call = 'lowrank_perturbed(x, 256, NoiseKey(1), 0.1, *groups[{}], rank=8, y=y, backend="cpu")'
+    few, many = peaks(FORWARD, call.format(8), call.format(4096))
+    assert few < 1024
+    assert many < 1024
+
+
 # Values of the update
 
 
