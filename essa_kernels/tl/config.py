@@ -84,13 +84,13 @@ def outlives_graphs(tensor: Tensor) -> Tensor:
 
 
 def sent_before_capture(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on the device, to be kept: it is waited for, which no CUDA graph may do while it is captured."""
+    """A CPU tensor on the device, to be kept; not waited for. A graph that is being captured cannot hold such a copy."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured, and these tensors are met for the first time: make the same call once before "
-            "the capture (a warm-up)"
+            "a CUDA graph is being captured, and tensors at these addresses are met for the first time: make the same call "
+            "with them once before the capture"
         )
-    return tensor.to(device)
+    return tensor.to(device, non_blocking=True)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

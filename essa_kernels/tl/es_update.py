@@ -30,7 +30,7 @@ from .noise import (
     rademacher_words,
     with_sign,
 )
-from .storage import rounded
+from .storage import ELEMENTS, rounded
 
 SEARCH_WIDTH = tl.constexpr(256)
 PLACE_ARGUMENTS = ["tensors", "cols", "tiles"]
@@ -170,7 +170,6 @@ KERNELS = {
     "gaussian": (GAUSSIAN_TAG, GAUSSIAN_TILE, perturb_gaussian_kernel, update_gaussian_kernel),
     "rademacher": (RADEMACHER_TAG, RADEMACHER_TILE, perturb_rademacher_kernel, update_rademacher_kernel),
 }
-ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def perturb_(
@@ -223,12 +222,12 @@ def _tiles_of(rows: int, cols: int, tile: int) -> int:
     return rows * triton.cdiv(cols, tile)
 
 
-# A model's parameters stay where they are, so that only the first call of many waits for the copy to the device.
 @functools.lru_cache(maxsize=256)
 def _table(
     entries: tuple[tuple[int, int, int, int], ...], tile: int, tiles_each: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    """The table that `_in_table` reads, int64 [5, tensors], and how many programs it takes."""
+    """The table that `_in_table` reads, int64 [5, tensors], and how many programs it takes. Kept: a model's parameters stay
+    where they are."""
     columns, end = [], 0
     for address, rows, cols, index in entries:
         tiles = _tiles_of(rows, cols, tile)

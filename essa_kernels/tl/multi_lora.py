@@ -6,12 +6,13 @@ keeping the rows that are its own. Every sum has a fixed order, so results repea
 
 One kernel projects rows onto ranks - x onto a, or the gradient of y onto b - with their dimension split over programs;
 one expands ranks into rows, summing the splits in order; one makes the gradients of the factors. Nothing is read back
-from the device. Factors that come as a sequence are joined first, one copy.
+from the device. Factors that come as a sequence stay where they are: a table on the device says where.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import config, on_device, outlives_graphs, sent_before_capture
-from .storage import rounded
+from .storage import ELEMENTS, rounded
 from .svd_lora import LEAST_RANKS, LEAST_SPLIT_BLOCKS, dot, dot_of_float32, rank_block
+
+MOST_ALIGNMENT = 16  # bytes, that a GPU loads at once
 
 
 @triton.jit
@@ -49,19 +52,28 @@ def ranks_of(starts, k, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
-def places_of(factor, start, ranks, rank, column, d, WIDE: tl.constexpr):
+def base_of(factors, k, ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """What adapter k's ranks are counted from: the tensor that holds them all, or what a table says."""
+    if factors.dtype.element_ty == tl.int64:
+        return tl.multiple_of(tl.load(factors + k).to(tl.pointer_type(ELEMENT)), ALIGNMENT)
+    else:
+        return factors
+
+
+@triton.jit
+def places_of(base, start, ranks, rank, column, d, WIDE: tl.constexpr):
     """Where a block of an adapter's factor lies: WIDE: as [ranks, d], else as [d, ranks]. rank and column broadcast."""
     if WIDE:
-        return factor + (start + rank) * d + column
+        return base + (start + rank) * d + column
     else:
-        return factor + start * d + column.to(tl.int64) * ranks + rank
+        return base + start * d + column.to(tl.int64) * ranks + rank
 
 
 @triton.jit(do_not_specialize=["rows", "adapters"])
 def project_rows_kernel(
     partial,
     x,
-    factor,
+    factors,
     starts,
     order,
     owners,
@@ -72,6 +84,8 @@ def project_rows_kernel(
     x_stride,
     most_ranks,
     MULTIPLE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
@@ -88,12 +102,13 @@ def project_rows_kernel(
     k = least_above(owner, -1, adapters)
     while k < adapters:
         start, ranks = ranks_of(starts, k, MULTIPLE)
+        base = base_of(factors, k, ELEMENT, ALIGNMENT)
         mine = (owner == k)[:, None]
         sums = tl.zeros((ROWS, RANKS), tl.float32)
         for first in range(begin, end, INNER):
             column = first + tl.arange(0, INNER)
             x_block = tl.load(x_rows + column[None, :], mask=mine & (column < d)[None, :], other=0.0)
-            place = places_of(factor, start, ranks, rank[None, :], column[:, None], d, WIDE)
+            place = places_of(base, start, ranks, rank[None, :], column[:, None], d, WIDE)
             block = tl.load(place, mask=(column < d)[:, None] & (rank < ranks)[None, :], other=0.0)
             sums = dot(x_block.to(block.dtype), block, sums)
         result = tl.where(mine, sums, result)
@@ -118,7 +133,7 @@ def scaled_ranks(partial, scale, position, inside, rank, rows, splits, most_rank
 def expand_rows_kernel(
     y,
     partial,
-    factor,
+    factors,
     starts,
     scalings,
     order,
@@ -130,6 +145,8 @@ def expand_rows_kernel(
     y_stride,
     most_ranks,
     MULTIPLE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -148,7 +165,8 @@ def expand_rows_kernel(
         k = least_above(owner, -1, adapters)
         while k < adapters:
             start, ranks = ranks_of(starts, k, MULTIPLE)
-            place = places_of(factor, start, ranks, rank[:, None], column[None, :], d, WIDE)
+            base = base_of(factors, k, ELEMENT, ALIGNMENT)
+            place = places_of(base, start, ranks, rank[:, None], column[None, :], d, WIDE)
             block = tl.load(place, mask=(rank < ranks)[:, None] & (column < d)[None, :], other=0.0)
             delta = tl.where((owner == k)[:, None], dot_of_float32(h, block, delta), delta)
             k = least_above(owner, k, adapters)
@@ -231,9 +249,30 @@ def _starts(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     return sent_before_capture(torch.tensor([0, *ranks]).cumsum(0), device)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """All adapters' factors one after the other."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.view(-1) for tensor in tensors])
+class Factors(NamedTuple):
+    """All adapters' a, or b."""
+
+    place: Tensor  # the tensor that holds them all, or a table of what their ranks are counted from, int64 [adapters]
+    like: Tensor  # of their dtype and device
+    alignment: int  # of the addresses, in bytes
+
+
+def _factors(tensors: Sequence[Tensor]) -> Factors:
+    if len(tensors) == 1:
+        return Factors(tensors[0], tensors[0], 1)
+    addresses, sizes = tuple(tensor.data_ptr() for tensor in tensors), tuple(tensor.nbytes for tensor in tensors)
+    table, alignment = _table(addresses, sizes, tensors[0].device)
+    return Factors(outlives_graphs(table), tensors[0], alignment)
+
+
+# A kernel that adds the ranks before its adapter's in every case keeps fewer addresses in registers.
+@functools.lru_cache(maxsize=4096)
+def _table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Addresses less the bytes of the adapters before, and their alignment. Kept: a model's adapters, two lists a layer,
+    stay where they are."""
+    before = itertools.accumulate(sizes, initial=0)
+    bases = [address - size for address, size in zip(addresses, before, strict=False)]
+    return sent_before_capture(torch.tensor(bases), device), math.gcd(MOST_ALIGNMENT, *bases)
 
 
 def multi_lora_(
@@ -247,7 +286,7 @@ def multi_lora_(
 ) -> None:
     """y += scaling B (A x) with the adapter of every row; each id is that of rows / ids consecutive rows."""
     batch = _batch(x, a, ids, scalings, scaling)
-    _expand(y, _project(x, _joined(a), batch, wide=True), _joined(b), batch, wide=False)
+    _expand(y, _project(x, _factors(a), batch, wide=True), _factors(b), batch, wide=False)
 
 
 def multi_lora_backward(
@@ -264,24 +303,24 @@ def multi_lora_backward(
 ) -> None:
     """The gradients that are not None, from d_y; d_x is added to."""
     batch = _batch(x, a, ids, scalings, scaling)
-    of_a = _joined(a)
+    of_a = _factors(a)
     if d_b is not None:
         _gradient(d_b, d_y, _project(x, of_a, batch, wide=True), batch, wide=False)
     if d_x is None and d_a is None:
         return
-    g = _project(d_y, _joined(b), batch, wide=False)
+    g = _project(d_y, _factors(b), batch, wide=False)
     if d_x is not None:
         _expand(d_x, g, of_a, batch, wide=True)
     if d_a is not None:
         _gradient(d_a, x, g, batch, wide=True)
 
 
-def _project(x: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> Tensor:
+def _project(x: Tensor, factors: Factors, batch: Batch, *, wide: bool) -> Tensor:
     """The rows times their adapters' factors, in the order: float32 [splits, rows, most_ranks], to be summed over splits."""
     rows, d = x.shape
     shape = config(x, "project")
-    ranks = rank_block(factor, "project", batch.most_ranks)
-    inner = shape["block_inner_bytes"] // factor.element_size()
+    ranks = rank_block(factors.like, "project", batch.most_ranks)
+    inner = shape["block_inner_bytes"] // factors.like.element_size()
     blocks = triton.cdiv(rows, shape["block_rows"]), triton.cdiv(batch.most_ranks, ranks), triton.cdiv(d, inner)
     splits = min(shape["programs"] // (blocks[0] * blocks[1]), blocks[2] // LEAST_SPLIT_BLOCKS)
     split = triton.cdiv(blocks[2], max(splits, 1)) * inner
@@ -290,7 +329,7 @@ def _project(x: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> Tensor:
         project_rows_kernel[(blocks[0], partial.shape[0], blocks[1])](
             partial,
             x,
-            factor,
+            factors.place,
             batch.starts,
             batch.order,
             batch.owners,
@@ -301,6 +340,8 @@ def _project(x: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> Tensor:
             x.stride(0),
             batch.most_ranks,
             MULTIPLE=batch.multiple,
+            ELEMENT=ELEMENTS[factors.like.dtype],
+            ALIGNMENT=math.gcd(factors.alignment, batch.multiple * factors.like.element_size()),
             WIDE=wide,
             ROWS=shape["block_rows"],
             INNER=inner,
@@ -312,17 +353,17 @@ def _project(x: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> Tensor:
     return partial
 
 
-def _expand(y: Tensor, partial: Tensor, factor: Tensor, batch: Batch, *, wide: bool) -> None:
+def _expand(y: Tensor, partial: Tensor, factors: Factors, batch: Batch, *, wide: bool) -> None:
     """y += scaling partial factor^T, row by row with its own adapter's."""
     rows, d = y.shape
     shape = config(y, "expand")
-    columns = shape["block_columns_bytes"] // factor.element_size()
-    ranks = rank_block(factor, "expand", batch.most_ranks)
+    columns = shape["block_columns_bytes"] // factors.like.element_size()
+    ranks = rank_block(factors.like, "expand", batch.most_ranks)
     with on_device(y):
         expand_rows_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d, columns))](
             y,
             partial,
-            factor,
+            factors.place,
             batch.starts,
             batch.scalings,
             batch.order,
@@ -334,6 +375,8 @@ def _expand(y: Tensor, partial: Tensor, factor: Tensor, batch: Batch, *, wide: b
             y.stride(0),
             batch.most_ranks,
             MULTIPLE=batch.multiple,
+            ELEMENT=ELEMENTS[factors.like.dtype],
+            ALIGNMENT=math.gcd(factors.alignment, batch.multiple * factors.like.element_size()),
             WIDE=wide,
             ROWS=shape["block_rows"],
             COLUMNS=columns,

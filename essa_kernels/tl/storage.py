@@ -1,10 +1,12 @@
-"""Rounding to the dtypes tensors are stored in."""
+"""The dtypes tensors are stored in."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
