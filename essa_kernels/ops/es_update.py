@@ -57,7 +57,8 @@ def perturb_(
         t: float32, bfloat16 or float16, of any shape, contiguous; or a sequence of such tensors that share no memory, all
             on the CPU or all on GPUs, of which number i draws from ``key.site + 2 * i``. Leading dimensions are flattened
             into rows of the noise matrix, one dimension is one row, no dimension is one element; tensors without elements
-            are legal.
+            are legal. On a GPU the tensors of one dtype are one launch; a list that a CUDA graph is to hold has been
+            given once before.
         key: seed, generation and site of the first tensor.
         member: 0 .. 2**33 - 1. Member 2k + 1 has minus the noise of member 2k.
         sigma: the scale of the noise, finite in float32.
@@ -103,8 +104,9 @@ def es_update_(
         t: as in `perturb_`, a tensor or a sequence of which number i draws from ``key.site + 2 * i``.
         key: seed, generation and site of the first tensor.
         weights: [members], a float32 tensor on the CPU or on the device of the (first) t, or a sequence of numbers; at
-            least one, finite (checked on the CPU; on a GPU, where looking would stall the stream, it is trusted). Position
-            n is member n. The last of an odd number has no partner.
+            least one. They and the differences in their pairs are finite (checked on the CPU; on a GPU, where looking would
+            stall the stream, it is trusted). Position n is member n. The last of an odd number has no partner. In a CUDA
+            graph they are on the GPU.
         distribution: "gaussian" or "rademacher".
         backend: "cpu", "cuda", "triton" or "reference"; by default the best available (see `explain`).
 
@@ -166,7 +168,7 @@ def _fake_update(tensors, seed, generation, site, weights, distribution, backend
     check_weights(UPDATE, weights, tensors[0].device)
 
 
-_KEY = "Tensor(a!)[] tensors, SymInt seed, SymInt generation, SymInt site"
+_KEY = "Tensor(a!)[] t, SymInt seed, SymInt generation, SymInt site"
 _OPTIONS = "str distribution, str? backend=None"
 
 _perturb_op = register(f"{PERTURB}({_KEY}, SymInt member, float sigma, {_OPTIONS}) -> ()", _run_perturb, _fake_perturb)

@@ -158,10 +158,11 @@ def lowrank_update_(
 
     Args:
         w: [d_out, d_in], float32, bfloat16 or float16, contiguous; or a sequence of such weights, all on the CPU or all
-            on GPUs, of which number i draws from ``key.site + 2 * i``.
+            on GPUs, of which number i draws from ``key.site + 2 * i``. On a GPU each is two launches.
         key: seed, generation and site of the first weight; the site is even.
-        weights: [members], a float32 tensor on the CPU or on the device of the (first) w, or a sequence of numbers; finite
-            (checked on the CPU). Position n is member n. The last of an odd number has no partner.
+        weights: [members], a float32 tensor on the CPU or on the device of the (first) w, or a sequence of numbers; they
+            and the differences in their pairs are finite (checked on the CPU). Position n is member n. The last of an odd
+            number has no partner. In a CUDA graph they are on the GPU.
         rank: of the noise, >= 1.
         distribution: "gaussian" or "rademacher", of the factors' elements.
         backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
@@ -209,8 +210,12 @@ def _check_perturbed(
         ("offsets", offsets, torch.int64, "groups + 1", (groups + 1,)),
     )
     check_contiguous(op, members=members, offsets=offsets)
-    check_counter(op, "[rank, d_in]", (rank, d_in), rank, d_in, distribution)
-    check_counter(op, "[rank, d_out]", (rank, d_out), rank, d_out, distribution)
+    _check_factor(op, "d_in", rank, d_in, distribution)
+    _check_factor(op, "d_out", rank, d_out, distribution)
+
+
+def _check_factor(op: str, dim: str, rank: int, size: int, distribution: str) -> None:
+    check_counter(op, f"[rank, {dim}]", (rank, size), rank, size, distribution)
 
 
 def _run_perturbed_inplace(
@@ -238,9 +243,13 @@ def _fake_perturbed_inplace(
     _check_perturbed(y, x, d_out, rank, members, offsets, distribution)
 
 
-def _run_perturbed(x, d_out, *rest) -> Tensor:
+def _run_perturbed(
+    x, d_out, seed, generation, site, sigma, members, offsets, rank, distribution, backend=None
+) -> Tensor:
+    _check_factor(PERTURBED, "d_out", rank, d_out, distribution)
     y = x.new_zeros(*x.shape[:-1], d_out)
-    _run_perturbed_inplace(y, x, d_out, *rest)
+    noise = (seed, generation, site, sigma)
+    _run_perturbed_inplace(y, x, d_out, *noise, members, offsets, rank, distribution, backend)
     return y
 
 
@@ -306,7 +315,7 @@ _PERTURBED_ARGUMENTS = (
     "Tensor offsets, SymInt rank, str distribution, str? backend=None"
 )
 _UPDATE_ARGUMENTS = (
-    "Tensor(a!)[] tensors, SymInt seed, SymInt generation, SymInt site, Tensor weights, SymInt rank, "
+    "Tensor(a!)[] w, SymInt seed, SymInt generation, SymInt site, Tensor weights, SymInt rank, "
     "str distribution, str? backend=None"
 )
 

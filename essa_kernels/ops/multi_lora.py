@@ -47,13 +47,15 @@ def multi_lora(
         x: [..., d_in], float32, bfloat16 or float16; leading dimensions are flattened into rows. Any strides, but
             elements of a row that are not adjacent cost a copy.
         a: a tensor [K, r, d_in], or a sequence of K tensors [r_k, d_in], each of its own rank, as they lie in a PEFT
-            model; x's dtype or float32. Zeros in the last rows of a[k] and columns of b[k] stand for a smaller rank
+            model; x's dtype or float32. On a GPU they are read where they are; a sequence that a CUDA graph is to hold
+            has been given once before. Zeros in the last rows of a[k] and columns of b[k] stand for a smaller rank
             too, and stay zero under training.
         b: likewise [K, d_out, r] or K tensors [d_out, r_k], a's dtype.
         adapter_ids: int64: which adapter, 0 .. K - 1, or -1 for none. Its shape is that of x's leading dimensions or
             of the first few of them: for x [batch, tokens, d_in], [batch, tokens] or one for each sequence, [batch].
             Its range is checked on the CPU; on a GPU, where looking would stall the stream, other ids mean none.
-        scaling: LoRA's: one finite number for all, K numbers, or a float32 tensor [K] on x's device.
+        scaling: LoRA's: one finite number for all, K numbers, or a float32 tensor [K] on x's device (not K numbers in
+            a CUDA graph).
         y: [..., d_out], x's dtype: accumulated in place. Its rows may have any stride, their elements are adjacent.
             It must not share memory with x. By default zeros.
         backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).

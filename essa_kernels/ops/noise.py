@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from ..noise import MEMBER_END, NoiseKey, check_integer
-from .registration import check_counter, check_key, check_no_grad, matrix_of, register
+from .registration import check_contiguous, check_counter, check_key, check_no_grad, matrix_of, register
 
 
 def gaussian(
@@ -105,8 +105,7 @@ def _check_out(op: str, out: Tensor, shape: tuple[int, ...], device: torch.devic
         raise ValueError(f"{op}: out must have dtype torch.float32, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{op}: out must have shape {list(shape)}, got {list(out.shape)}")
-    if not out.is_contiguous():
-        raise ValueError(f"{op}: out must be contiguous, got strides {list(out.stride())}")
+    check_contiguous(op, out=out)
     if device is not None and out.device != torch.empty(0, device=device).device:
         raise ValueError(f"{op}: device must be that of out, {out.device}, or None, got {device}")
     check_no_grad(op, out=out)

@@ -38,21 +38,36 @@ def register(schema: str, run: Callable, fake: Callable) -> Callable:
     def call(*arguments):
         try:
             return op(*arguments)
-        except RuntimeError:
-            _check_are_tensors(op, arguments)
+        except (AttributeError, RuntimeError):
+            _check_kinds(op, arguments)
             raise
 
     return call
 
 
-def _check_are_tensors(op: torch._ops.OpOverload, arguments: Sequence) -> None:
-    """Raise, by name, what torch says of an argument that is no tensor in terms of its own dispatch."""
-    given = zip(op._schema.arguments, arguments, strict=False)
+def _check_kinds(op: torch._ops.OpOverload, arguments: Sequence) -> None:
+    """Raise, by name, what torch says in terms of its own dispatch of an argument that is no dense tensor, or no text."""
     name = op._schema.name.removeprefix("essa::")
-    for expected, value in given:
+    name = name if name in dispatch.OPS else name.removesuffix("_")
+    given = zip(op._schema.arguments, arguments, strict=False)
+    # What is written to may be this package's, made as x is.
+    for expected, value in sorted(given, key=lambda pair: pair[0].alias_info is not None):
         kind = str(expected.type)
-        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
-            check_are_tensors(name, **{expected.name: value})
+        if value is None and kind.startswith("Optional"):
+            continue
+        if "Tensor" in kind:
+            tensors = value if kind.startswith("List") else [value]
+            for i, tensor in enumerate(tensors):
+                _check_is_dense(name, expected.name if len(tensors) == 1 else f"{expected.name}[{i}]", tensor)
+        elif "str" in kind and not isinstance(value, str):
+            raise TypeError(f"{name}: {expected.name} must be a string, got {value!r}") from None
+
+
+def _check_is_dense(op: str, name: str, value: object) -> None:
+    check_are_tensors(op, **{name: value})
+    assert isinstance(value, Tensor)
+    if value.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, torch.strided, got {value.layout}") from None
 
 
 def check_are_tensors(op: str, **arguments: object) -> None:
@@ -123,6 +138,7 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
     """Raise unless every tensor is contiguous."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
+            _check_is_dense(op, name, tensor)
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
 
 
@@ -254,7 +270,7 @@ def check_key(op: str, key: NoiseKey, *, two_factors: bool = False) -> tuple[int
 
 def check_distribution(op: str, distribution: str) -> str:
     """Raise unless it is the name of a distribution."""
-    if distribution not in TILES:
+    if not isinstance(distribution, str) or distribution not in TILES:
         raise ValueError(f"{op}: distribution must be gaussian or rademacher, got {distribution!r}")
     return distribution
 
@@ -296,7 +312,7 @@ def as_weights(op: str, weights: Tensor | Sequence[float]) -> Tensor:
     if not isinstance(weights, Tensor):
         try:
             weights = torch.tensor(list(weights), dtype=torch.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             message = f"{op}: weights must be a float32 tensor or a sequence of numbers, got {weights!r}"
             raise TypeError(message) from None
     if weights.dtype is not torch.float32:
@@ -322,6 +338,10 @@ def fold_pairs(op: str, weights: Tensor, scale: float | None = None) -> Tensor:
     if weights.shape[0] % 2:
         weights = torch.cat([weights, weights.new_zeros(1)])
     folded = weights[0::2] - weights[1::2]
+    if weights.is_cpu and not folded.isfinite().all():
+        k = int(folded.isfinite().logical_not().nonzero()[0])
+        got = f"{float(weights[2 * k])} - {float(weights[2 * k + 1])} for members {2 * k} and {2 * k + 1}"
+        raise ValueError(f"{op}: weights must have differences in their pairs that are finite in float32, got {got}")
     if scale is not None:
         folded *= scale
     return folded

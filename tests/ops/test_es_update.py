@@ -316,6 +316,12 @@ BAD_WEIGHTS = [
     ({"weights": "12"}, TypeError, "weights must be a float32 tensor or a sequence of numbers, got '12'"),
     ({"weights": [1.0, float("nan")]}, ValueError, "weights must be finite, got nan for member 1"),
     ({"weights": [1e39]}, ValueError, "weights must be finite, got inf for member 0"),
+    ({"weights": [10**400]}, TypeError, r"weights must be a float32 tensor or a sequence of numbers, got \[1000"),
+    (
+        {"weights": [0.0, 0.0, 3e38, -3e38]},
+        ValueError,
+        r"weights must have differences in their pairs that are finite in float32, got 3\S+e\+38 - -3\S+ for members 2 and 3",
+    ),
     ({"weights": torch.ones(2, device="meta")}, ValueError, "weights must be on cpu, got meta"),
 ]
 
