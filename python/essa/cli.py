@@ -23,7 +23,8 @@ from essa.config import (
     read_chat_template_kwargs,
     suggest,
 )
-from essa.data import DataSettings, absolute, read_rows
+from essa.data import DATA_DIR, DATASET_CONFIG, DATASET_SPLIT, DataSettings, absolute
+from essa.rows import read_rows
 from essa.trdpo.settings import CommandSettings
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
@@ -216,10 +217,13 @@ Data = Annotated[
     str,
     typer.Option(
         "--dataset_name",
-        help="Rows with a `prompt` (text or chat messages): a .jsonl, .json, .parquet or .csv file, or a name on the hub.",
+        help="Rows with a `prompt` (text or chat messages): a .jsonl, .json or .csv file (or one of them .gz), a .parquet file, "
+        "or a name on the hub.",
     ),
 ]
-DataSplit = Annotated[str, typer.Option("--dataset_split", help="Split of a dataset on the hub.")]
+DataSplit = Annotated[str, typer.Option("--dataset_split", help=DATASET_SPLIT)]
+DataConfig = Annotated[str | None, typer.Option("--dataset_config", help=DATASET_CONFIG)]
+DataDir = Annotated[str | None, typer.Option("--data_dir", help=DATA_DIR)]
 RewardNames = Annotated[
     list[str],
     typer.Option(
@@ -374,7 +378,7 @@ def sft(
 ) -> None:
     """Make a warm start: train a LoRA adapter on demonstrations. `essa align --adapter` takes it from there."""
     args = SFTConfig(**settings)
-    rows = read_rows(dataset_name, split=dataset_split)
+    rows = read_rows(dataset_name, split=dataset_split, config=dataset_config, data_dir=data_dir)
     _quiet()
     from essa.models import load_base
     from essa.sft import sft as train
@@ -388,6 +392,8 @@ def sft(
     train(model, tokenizer, rows, args, log=log)
     typer.echo(f"adapter: {args.output_dir}")
 
+    dataset_config: DataConfig = None,
+    data_dir: DataDir = None,
 
 @_command()
 def eval(
@@ -420,7 +426,9 @@ def eval(
     A table goes to stderr, the same numbers as JSON to stdout.
     """
     template = read_chat_template_kwargs(chat_template_kwargs)
-    rows = read_rows(dataset_name, split=dataset_split)
+    dataset_config: DataConfig = None,
+    data_dir: DataDir = None,
+    rows = read_rows(dataset_name, split=dataset_split, config=dataset_config, data_dir=data_dir)
     _quiet()
     from essa.evaluate import check_prompts, evaluate
     from essa.models import load_adapter, load_base

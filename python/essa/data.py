@@ -1,4 +1,4 @@
-"""Prompts: reading them, checking them, and drawing them in an order that the seed alone decides.
+"""Prompts: which rows of a data set they are, checking them, and drawing them in an order that the seed alone decides.
 
 A dataset is a list of rows. Each row has a `prompt`, as text or as chat messages; every other column is handed to the
 reward functions. These are TRL's prompt-only dataset formats.
@@ -6,7 +6,6 @@ reward functions. These are TRL's prompt-only dataset formats.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -16,49 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from essa.config import InputError, setting
-from essa.hub import offline_note, reach_hub
+from essa.rows import read_rows
 
 # A site of its own, in the range the noise contract keeps for uses that are not a layer.
 PROMPT_SITE = 2**30 - 3
 SPLIT_GENERATION = 2**32 - 1
 
-LONGEST_FIELD = 2**31 - 1  # of a CSV file; csv's own limit is 128 KiB
+DATASET_SPLIT = "Split of a dataset on the hub."
+DATASET_CONFIG = "Configuration of a dataset on the hub that has several, like `comparisons`."
+DATA_DIR = "Folder of a dataset on the hub that has several, like `harmless-base`. Default: all of them."
+
 NOT_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")
-
-
-def read_rows(name: str, *, split: str = "train", argument: str = "dataset_name") -> list[dict[str, Any]]:
-    """Rows of a local .jsonl, .json, .parquet or .csv file, or of a dataset on the Hugging Face hub.
-
-    Files are read as they are: a CSV answer `027` stays text. A .json file holds a list of objects.
-    """
-    path = Path(name)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
-    reader = readers.get(path.suffix.lower())
-    if path.is_file():
-        if reader is None:
-            raise InputError(f"{argument} {name!r}: unknown file type, must be one of {', '.join(readers)}")
-        try:
-            rows = reader(path, argument)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{argument} {name!r} cannot be read: {error}") from error
-    elif reader is not None:
-        raise InputError(f"{argument} {name!r}: no such file")
-    elif path.is_dir():
-        raise InputError(f"{argument} {name!r} is a folder, must be a file or the name of a dataset on the hub")
-    else:
-        rows = _read_hub(name, split, argument)
-    if not rows:
-        raise InputError(f"{argument} {name!r} is empty")
-    return rows
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Which rows of a data set a command works on, and which it only evaluates on. Fields are the command's options."""
 
-    dataset_split: str = setting("train", "Split of a dataset on the hub.")
+    dataset_split: str = setting("train", DATASET_SPLIT)
+    dataset_config: str | None = setting(None, DATASET_CONFIG)
+    data_dir: str | None = setting(None, DATA_DIR)
     eval_dataset_name: str | None = setting(None, "Rows to evaluate on, never trained or searched on.")
     eval_dataset_split: str = setting("test", "Split of an evaluation dataset on the hub.")
+    eval_dataset_config: str | None = setting(
+        None,
+        "Configuration of an evaluation dataset on the hub. Default: dataset_config, where it is the same dataset.",
+    )
+    eval_data_dir: str | None = setting(
+        None, "Folder of an evaluation dataset on the hub. Default: data_dir, where it is the same dataset."
+    )
     eval_split: float | None = setting(None, "Keep this fraction of dataset_name to evaluate on, and for nothing else.")
 
     def __post_init__(self) -> None:
@@ -72,12 +57,22 @@ class DataSettings:
 
     def read(self, name: str, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """The rows of data set ``name`` to work on, and those to evaluate on."""
-        rows = read_rows(name, split=self.dataset_split)
+        rows = read_rows(name, split=self.dataset_split, config=self.dataset_config, data_dir=self.data_dir)
         if self.eval_split is not None:
             return split_rows(rows, self.eval_split, seed)
         if self.eval_dataset_name is None:
             return rows, None
-        return rows, read_rows(self.eval_dataset_name, split=self.eval_dataset_split, argument="eval_dataset_name")
+        config, data_dir = self.eval_dataset_config, self.eval_data_dir
+        if self.eval_dataset_name == name and config is None and data_dir is None:
+            config, data_dir = self.dataset_config, self.data_dir
+        evaluation = read_rows(
+            self.eval_dataset_name,
+            split=self.eval_dataset_split,
+            config=config,
+            data_dir=data_dir,
+            argument="eval_dataset_name",
+        )
+        return rows, evaluation
 
     def recorded(self) -> dict[str, Any]:
         """The options, for a command that is to be resumed from anywhere."""
@@ -87,67 +82,6 @@ class DataSettings:
 def absolute(name: str | None) -> str | None:
     """The absolute path of a file or folder that is there; a name on the hub as it is."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
-
-
-def _read_jsonl(path: Path, argument: str) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{argument} {str(path)!r}, line {number}: not JSON ({error})") from error
-    return rows
-
-
-def _read_json(path: Path, argument: str) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{argument} {str(path)!r}: not JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{argument} {str(path)!r}: must hold a list of objects, got {type(rows).__name__}")
-    return rows
-
-
-def _read_parquet(path: Path, argument: str) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{argument} {str(path)!r}: reading Parquet needs `pip install pyarrow`") from error
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{argument} {str(path)!r}: not a Parquet file ({error})") from error
-
-
-def _read_csv(path: Path, argument: str) -> list[dict[str, Any]]:
-    csv.field_size_limit(LONGEST_FIELD)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    for number, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise InputError(f"{argument} {str(path)!r} row {number}: its fields are not those of the header")
-    return rows
-
-
-def _read_hub(name: str, split: str, argument: str) -> list[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{argument} {name!r} is not a local file; reading it from the hub needs `pip install datasets`"
-        ) from error
-    reach_hub(name)
-    try:
-        return list(datasets.load_dataset(name, split=split))
-    except Exception as error:
-        raise InputError(
-            f"{argument} {name!r} is neither a local file nor a dataset the hub gave us (split {split!r}): "
-            f"{error}{offline_note()}"
-        ) from error
 
 
 def split_rows(

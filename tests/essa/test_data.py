@@ -1,64 +1,16 @@
 from __future__ import annotations
 
 import collections
-import json
 
 import pytest
 from essa.config import InputError
-from essa.data import Prompts, PromptSampler, read_rows, split_rows
+from essa.data import Prompts, PromptSampler, split_rows
 
 ROWS = [{"prompt": "?01+02=", "answer": "003"}, {"prompt": "?10+20=", "answer": "030"}]
 
 
 def check(rows, tokenizer, room=None):
     return Prompts.check(rows, tokenizer, name="train_dataset", room=room)
-
-
-def test_every_file_type_gives_the_same_rows(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in ROWS))
-    (tmp_path / "a.json").write_text(json.dumps(ROWS))
-    (tmp_path / "a.csv").write_text("prompt,answer\n?01+02=,003\n?10+20=,030\n")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    for suffix in ("jsonl", "json", "csv", "parquet"):
-        assert read_rows(str(tmp_path / f"a.{suffix}")) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt"', "line 2: not JSON"),
-        ("a.json", "{", "not JSON"),
-        ("a.json", '{"prompt": "x"}', "must hold a list"),
-        ("a.parquet", "PAR", "not a Parquet file"),
-        ("a.jsonl", "", "is empty"),
-        ("a.csv", "prompt\n", "is empty"),
-        ("a.txt", "hello", "unknown file type"),
-        ("a.jsonl", b'{"prompt": "\xff"}', "cannot be read: 'utf-8' codec can't decode"),
-        ("a.csv", "prompt,answer\nx,1\ny\n", "row 1: its fields are not those of the header"),
-        ("a.csv", "prompt,answer\nx,1,2\n", "row 0: its fields are not those of the header"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message) as caught:
-        read_rows(str(tmp_path / name), argument="eval_dataset_name")
-    assert "eval_dataset_name" in str(caught.value) and name in str(caught.value)
-
-
-def test_what_spreadsheets_write_is_read(tmp_path):
-    long = "7" * 200_000
-    (tmp_path / "a.csv").write_text(f"prompt,answer\n?01+02=,{long}\n", encoding="utf-8-sig")
-    assert read_rows(str(tmp_path / "a.csv")) == [{"prompt": "?01+02=", "answer": long}]
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        read_rows(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(InputError, match="is a folder"):
-        read_rows(str(tmp_path))
 
 
 def test_text_prompts(tokenizer):

@@ -51,12 +51,14 @@ class Preferences(Sequence[Example]):
         name: the argument it came from, for messages.
         identical: how many pairs have the same chosen and rejected completion, and so teach nothing.
         truncated: how many rows had a completion cut to max_length.
+        empty: how many of Anthropic's dialogues end in a turn that says nothing, and were left out.
     """
 
     name: str
     examples: list[Example] = field(default_factory=list)
     identical: int = 0
     truncated: int = 0
+    empty: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -85,6 +87,8 @@ class Preferences(Sequence[Example]):
             )
         if self.truncated:
             logger.warning("%s: %d of %d rows had a completion cut to max_length", self.name, self.truncated, len(self))
+        if self.empty:
+            logger.warning("%s: left out %d dialogues whose last turn is empty", self.name, self.empty)
 
 
 def read_preferences(
@@ -108,8 +112,11 @@ def read_preferences(
     if not rows:
         raise InputError(f"{name} is empty")
     _check_scores(rows, name)
-    preferences = Preferences(name)
-    plain = [plain_row for number, row in enumerate(rows) for plain_row in _plain_rows(row, number, name, kto)]
+    kept = [(number, row) for number, row in enumerate(rows) if not _ends_silent(row)]
+    if not kept:
+        raise InputError(f"{name}: every dialogue's last turn is empty")
+    preferences = Preferences(name, empty=len(rows) - len(kept))
+    plain = [plain_row for number, row in kept for plain_row in _plain_rows(row, number, name, kto)]
     conversational = not isinstance(plain[0].prompt, str)
     for row in plain:
         if isinstance(row.prompt, str) == conversational:
@@ -157,6 +164,14 @@ def _plain_rows(row: Any, number: int, name: str, kto: bool) -> list[_Row]:
     return [_Row(number, row["prompt"], (row["completion"],), bool(label), template)]
 
 
+def _ends_silent(row: Any) -> bool:
+    """Whether one of the two is a dialogue in Anthropic's layout whose last turn says nothing: they have a few."""
+    if not isinstance(row, dict) or row.get("prompt") is not None:
+        return False
+    dialogues = [text for column in PAIR if isinstance(text := row.get(column), str) and text.startswith(HH_HUMAN)]
+    return any(not text.rpartition(HH_ASSISTANT)[2].strip() for text in dialogues)
+
+
 def _from_tldr(row: dict[str, Any], where: str) -> dict[str, Any]:
     """OpenAI's comparisons of summaries: a post, two summaries, and which one was preferred."""
     try:
@@ -164,6 +179,8 @@ def _from_tldr(row: dict[str, Any], where: str) -> dict[str, Any]:
         title = f"TITLE: {post['title']}\n\n" if post.get("title") else ""
         subreddit = f"SUBREDDIT: r/{post['subreddit']}\n\n" if post.get("subreddit") else ""
         body = post.get("post") or post["article"]
+        if not body:
+            raise ValueError("there must be a post or an article")
         prompt = f"{subreddit}{title}POST: {body}\n\nTL;DR:"
         if len(texts) != 2 or choice not in (0, 1):
             raise ValueError(f"there must be two summaries and a choice of 0 or 1, got {len(texts)} and {choice}")

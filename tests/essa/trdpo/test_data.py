@@ -15,6 +15,7 @@ from essa.trdpo.data import read_preferences
 from .conftest import make_pairs
 
 PAIR = {"prompt": "?1=", "chosen": "12", "rejected": "3"}
+HH_HEAD = "\n\nHuman: 2+2\n\nAssistant:"
 JUDGED = {"prompt": "?1=", "completion": "12", "label": True}
 
 
@@ -124,6 +125,20 @@ def test_the_same_tokens_as_trl(tokenizer, tmp_path):
         assert mine.completions[1].tolist() == other["rejected_ids"][:room]
 
 
+def test_dialogues_without_a_last_turn_are_left_out(tokenizer, caplog):
+    rows = [
+        {"chosen": HH_HEAD, "rejected": HH_HEAD + " 4"},
+        {"chosen": HH_HEAD + " 4", "rejected": HH_HEAD + " 5"},
+        {"chosen": HH_HEAD + " 4", "rejected": HH_HEAD + " 5\n\nHuman: no\n\nAssistant: "},
+    ]
+    preferences = read(rows, tokenizer)
+    assert [example.row for example in preferences] == [1] and preferences.empty == 2
+    assert [example.row for example in read(rows, tokenizer, kto=True)] == [1, 1]
+    with caplog.at_level(logging.WARNING):
+        preferences.report()
+    assert "left out 2 dialogues whose last turn is empty" in caplog.text
+
+
 def test_what_is_counted_and_reported(tokenizer, caplog):
     rows = [PAIR, {**PAIR, "rejected": "12"}, {**PAIR, "chosen": "1234567"}]
     preferences = read(rows, tokenizer, max_length=8)
@@ -147,6 +162,8 @@ def test_what_is_counted_and_reported(tokenizer, caplog):
         ([{**PAIR, "chosen": ""}], False, "row 0: `chosen` is empty"),
         ([{**PAIR, "rejected": "  "}], False, "row 0: `rejected` is empty"),
         ([{**PAIR, "prompt": ""}], False, "row 0: `prompt` is empty"),
+        ([{"chosen": HH_HEAD, "rejected": HH_HEAD + " 1"}], False, "every dialogue's last turn is empty"),
+        ([{"prompt": HH_HEAD, "chosen": "", "rejected": " 1"}], False, "row 0: `chosen` is empty"),
         ([{**PAIR, "chosen": None}], False, "must both be text or both be messages, got NoneType and str"),
         ([{**PAIR, "prompt": [user("1")]}], False, "`prompt` is messages, so"),
         ([PAIR, CONVERSATION], False, "row 1: rows must be all text or all messages"),
