@@ -3,6 +3,7 @@
 # make dev      everything for working on it: tools, and the package editable
 # make lint     ruff and mypy
 # make bench    run the benchmarks
+# make gpu-check   build, test and measure everything on the GPU of this machine, in nine minutes
 # make wheel    a wheel for this Python and this system in dist/
 # make wheel-manylinux   a wheel that runs on any Linux with glibc 2.28 or newer
 # make clean    remove everything these commands made

@@ -1,324 +1,169 @@
 """Everything a GPU can show, in one command of less than nine minutes: make gpu-check
 
-Builds the extension with its CUDA kernels, runs every op's tests on the device, runs every kernel once under
-compute-sanitizer, and measures: each op against this card's own copy bandwidth and matrix product, and a population
-over the layers of a 7B-shaped model against those layers alone. Writes results/gpu_check.json and .md. Exits with 1
-where there is no GPU, or where anything failed.
+In this order, each with what is left of the time:
+
+1. builds the extension with its CUDA kernels, or, if that fails, without them;
+2. runs one case of every test of the ops on every backend of the GPU, and each op once at the sizes to be measured;
+3. measures: each op against this card's own copy bandwidth and matrix product, and a population over the layers of a
+   7B-shaped model against those layers alone;
+4. runs each op once, small, under compute-sanitizer;
+5. runs all tests of the ops on the GPU.
+
+Writes results/gpu_check.json, .md and .log after each. Exits with 1 where there is no GPU, or unless all has passed: what
+is cut short says NOT FINISHED, what is not begun NOT RUN.
+
+Most of the tests' time is Triton's: some 950 kernels, of which the first cases take 150, that each took 0.3 to 0.9 s of CPU
+time to compile for sm_90 where this was written. Predicted from that, for 16 cores: 40 s for the build, 35 for the first
+cases, 80 for the measurements, 60 for compute-sanitizer and 80 for all tests, five minutes together.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
+import secrets
 import shutil
-import statistics
-import subprocess
 import sys
+import tempfile
 import time
-import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from .gpu_results import FAILED, NOT_FINISHED, NOT_RUN, PASSED, Results, Step, step_of
+from .gpu_tasks import ROOT, Crew, Outcome, Tasks, last_line, run, work
+
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check"
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "ESSA_CUDA": "on"}
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-BUILD_S, TESTS_S, SANITIZER_S = 150, 200, 45  # with a minute or two for the measurements, under nine minutes
-ROTATED_BYTES = 256 << 20  # operand sets of an op, together more than any cache
+TOOLS = ("memcheck", "racecheck")
 
-Measure = Callable[[Sequence[Callable[[], object]]], tuple[float, float]]
-"""Calls of one op on different operands -> seconds per call, launched one by one and replayed from a CUDA graph."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One program of the check and how it went."""
-
-    name: str
-    passed: bool
-    summary: str
-    seconds: float = 0.0
+# Seconds.
+TOTAL_S = 510  # what is stopped then is gone and written down within ten more
+BUILD_S, FIRST_S, SANITIZER_S = 150, 90, 110  # at most; the measurements, and then all tests, take what is left
+LEAST_S = 15  # in less, no process gets to its first task
+TASK_S = 60  # one test or measurement
+GPU_BYTES_EACH = 4 << 30  # of a process
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the card does at best: bytes read and written by a copy, bf16 multiply-adds of a product, per second."""
+class Check:
+    """The steps of the check. Each takes of the time together what it needs and is allowed."""
 
-    bytes_per_s: float
-    flops_per_s: float
+    def __init__(
+        self, results: Results, folder: Path, workers: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.results, self.folder, self.workers, self.clock = results, folder, workers, clock
+        self.end = clock() + TOTAL_S
+        sanitizers = (f"compute-sanitizer {tool}" for tool in TOOLS)
+        for name in ("build", "first case of every test", "each op once", "measurements", *sanitizers, "all tests"):
+            results.steps[name] = Step(name)
 
+    def run(self) -> None:
+        """All of them, what would be missed least the last. One that cannot be run takes no other along."""
+        for step in (self.build, self.first, self.measure, self.sanitize, self.all_tests):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - there may be no second try
+                traceback.print_exc()
+                self.results.add(Step(step.__name__, FAILED, f"{type(error).__name__}: {error}"))
+            self.results.write()
 
-@dataclass(frozen=True)
-class Row:
-    """An op at one size on one backend. Times are seconds per call."""
+    def build(self) -> None:
+        """Without CUDA kernels if need be: Triton's serve every op."""
+        for name, cuda in (("build", "on"), ("build without CUDA kernels", "off")):
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            ended = run(command, self.left(BUILD_S), self.folder / "build.log", ESSA_CUDA=cuda)
+            result = {0: PASSED, None: NOT_FINISHED}.get(ended.status, FAILED)
+            self.results.add(Step(name, result, last_line(ended.output), ended.seconds))
+            self.results.add_failures(name, {}, [ended])
+            if ended.status == 0:
+                break
 
-    op: str
-    backend: str
-    what: str
-    launched_s: float
-    graph_s: float
-    bytes_per_s: float
-    flops_per_s: float
-    normals_per_s: float
-    times_floor: float
+    def first(self) -> None:
+        """Also compiles, in several processes, the Triton kernels that are measured next."""
+        callers = max(1, self.workers // 3)
+        testers = self.testers("first", max(1, self.workers - callers), "--first-cases")
+        once = Tasks(self.folder / "once")
+        command = [sys.executable, "-m", "benchmarks.gpu_problems", once.folder, "--shrink", "1"]
+        self.work({"first case of every test": testers, "each op once": Crew(command, once, callers)}, FIRST_S)
+        self.add_files("first cases", testers.tasks)
 
+    def measure(self) -> None:
+        tasks = Tasks(self.folder / "measurements")
+        self.work({"measurements": Crew([sys.executable, "-m", "benchmarks.gpu_measure", tasks.folder], tasks, 1)})
+        self.results.measured(tasks.outcomes())
 
-@dataclass(frozen=True)
-class StackRow:
-    """A population's forward beside pure inference: seconds, and shares of pure inference's speed."""
+    def sanitize(self) -> None:
+        crews = {}
+        for tool in TOOLS:
+            tasks = Tasks(self.folder / tool)
+            program = [sys.executable, "-m", "benchmarks.gpu_problems", tasks.folder, "--shrink", "32"]
+            options = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"]
+            command = [SANITIZER or "", *options, *program]
+            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            crews[f"compute-sanitizer {tool}"] = Crew(command, tasks, max(1, self.workers // 4), environment)
+        if SANITIZER is None:
+            for name in crews:
+                self.results.add(Step(name, NOT_RUN, "compute-sanitizer was not found"))
+        else:
+            self.work(crews, SANITIZER_S)
 
-    what: str
-    rows: int
-    launched_s: float
-    graph_s: float
-    launched_share: float
-    graph_share: float
+    def all_tests(self) -> None:
+        testers = self.testers("tests", self.workers)
+        self.work({"all tests": testers})
+        self.add_files("tests", testers.tasks)
 
+    def testers(self, folder: str, workers: int, *options: str) -> Crew:
+        tasks = Tasks(self.folder / folder)
+        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "--tasks", tasks.folder, *options]
+        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command += ["--ignore", "tests/ops/test_multi_lora_in_peft.py"]  # on the CPU alone, and slow to import
+        command += ["tests/gpu/test_device.py", "tests/ops"]
+        return Crew(command, tasks, workers, {"OMP_NUM_THREADS": "1"})
 
-# Programs
+    def work(self, crews: dict[str, Crew], most: float = TOTAL_S) -> None:
+        """A step for each crew."""
+        start, limit_s = self.clock(), self.left(most)
+        if limit_s < LEAST_S:
+            return
+        processes = work(list(crews.values()), limit_s, TASK_S)
+        for name, crew in crews.items():
+            outcomes, ended = crew.tasks.outcomes(), [ended for of, ended in processes if of is crew]
+            self.results.add(step_of(name, outcomes, ended, self.clock() - start))
+            self.results.add_failures(name, outcomes, ended)
 
+    def add_files(self, what: str, tests: Tasks) -> None:
+        """A step for each file of tests."""
+        files: dict[str, dict[str, Outcome | None]] = {}
+        for test, outcome in tests.outcomes().items():
+            files.setdefault(Path(test.partition("::")[0]).stem.removeprefix("test_"), {})[test] = outcome
+        for file, outcomes in sorted(files.items()):
+            seconds = sum(outcome.seconds for outcome in outcomes.values() if outcome)
+            self.results.add(step_of(f"{what} of {file}", outcomes, [], seconds))
 
-def run(name: str, command: Sequence[str | Path], limit_s: int, **environment: str) -> tuple[Step, str]:
-    """A program as a step that passes if it exits with 0 in time, and what it printed."""
-    print(f"== {name}", flush=True)
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit_s,
-            text=True,
-            check=False,
-        )
-        output, passed = done.stdout, done.returncode == 0
-    except subprocess.TimeoutExpired as expired:
-        output, passed = f"{(expired.stdout or b'').decode(errors='replace')}\nstopped after {limit_s} s", False
-    if not passed:
-        print(output[-6000:], flush=True)
-    last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
-    return Step(name, passed, last.strip("= "), time.monotonic() - start), output
-
-
-def build() -> Step:
-    step, _ = run("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BUILD_S)
-    return step
-
-
-def tests(report: Path) -> list[Step]:
-    """Every test of the ops that runs on the device: one step per file."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_device.py", "tests/ops", "-k", "cuda or test_device"]
-    command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
-    report.unlink(missing_ok=True)
-    whole, _ = run("tests", command, TESTS_S)
-    return [*test_steps(report.read_text()), whole] if report.exists() else [whole]
-
-
-def test_steps(junit: str) -> list[Step]:
-    """pytest's report as one step per test file. A file of which nothing ran has not passed."""
-    counts: dict[str, dict[str, float]] = {}
-    for case in xml.etree.ElementTree.fromstring(junit).iter("testcase"):
-        file = case.get("classname", "").split(".test_")[-1].split(".")[0]
-        count = counts.setdefault(file, {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0})
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        count[outcome] += 1
-        count["seconds"] += float(case.get("time", 0))
-    return [
-        Step(
-            f"tests of {file}",
-            count["failed"] == 0 and count["passed"] > 0,
-            ", ".join(f"{count[outcome]:.0f} {outcome}" for outcome in ("passed", "failed", "skipped")),
-            count["seconds"],
-        )
-        for file, count in sorted(counts.items())
-    ]
-
-
-def sanitize() -> list[Step]:
-    """Every kernel once, small, under compute-sanitizer's tools; where it is missing, a step that says so."""
-    if SANITIZER is None:
-        return [Step("compute-sanitizer", True, "NOT RUN: compute-sanitizer was not found")]
-    program = [sys.executable, "-m", "benchmarks.gpu_problems", "--shrink", "32"]
-    steps = []
-    for tool in ("memcheck", "racecheck"):
-        command = [SANITIZER, "--tool", tool, "--error-exitcode", "1"]
-        step, _ = run(
-            f"compute-sanitizer {tool}", [*command, *program], SANITIZER_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
-        steps.append(step)
-    return steps
-
-
-# Measurements
-
-
-def on_gpu(calls: Sequence[Callable[[], object]], rounds: int = 15) -> tuple[float, float]:
-    """Seconds per call by the device's own clock, medians: launched one by one, and replayed from a CUDA graph."""
-
-    def all_calls() -> None:
-        for call in calls:
-            call()
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        all_calls(), all_calls()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        all_calls()
-    graph.replay()
-    launched, replayed = (device_seconds(work, rounds) / len(calls) for work in (all_calls, graph.replay))
-    return launched, replayed
-
-
-def device_seconds(work: Callable[[], object], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def ceilings(device: str, measure: Measure, shrink: int = 1) -> Ceilings:
-    source = torch.randn(2**28 // shrink**2, device=device)
-    target = torch.empty_like(source)
-    _, copy_s = measure([lambda: target.copy_(source)])
-    size = 8192 // shrink
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    _, product_s = measure([lambda: torch.mm(a, b)])
-    return Ceilings(2 * source.nbytes / copy_s, 2 * size**3 / product_s)
-
-
-def op_rows(device: str, measure: Measure, best: Ceilings, shrink: int = 1) -> list[Row]:
-    """Every op on every backend of the device."""
-    from .gpu_problems import backends, problems
-
-    rows = []
-    for op, sizes in problems(shrink).items():
-        for problem in sizes:
-            sets = max(1, min(32, ROTATED_BYTES // problem.moved)) if shrink == 1 else 2
-            calls = [problem.make(device) for _ in range(sets)]
-            floor_s = max(problem.moved / best.bytes_per_s, problem.flops / best.flops_per_s)
-            for backend in backends(op, device):
-                launched_s, graph_s = measure([lambda c=call, b=backend: c(b) for call in calls])
-                rates = (amount / graph_s for amount in (problem.moved, problem.flops, problem.normals))
-                rows.append(Row(op, backend, problem.what, launched_s, graph_s, *rates, graph_s / floor_s))
-    return rows
-
-
-def stack_rows(device: str, measure: Measure, shrink: int = 1) -> list[StackRow]:
-    """Decode and prefill of a population over the layers of a 7B-shaped model."""
-    from .gpu_problems import DTYPE, MEMBERS
-    from .gpu_stack import METHODS, Stack, pure
-
-    stack, found = Stack(device, shrink), []
-    for rows in (64, 512):
-        x = torch.randn(rows, stack.hidden, device=device, dtype=DTYPE)
-        offsets = torch.arange(MEMBERS + 1, device=device) * (rows // MEMBERS)
-        times = {
-            name: measure([lambda m=method, x=x, o=offsets: stack.forward(x, o, m)])
-            for name, method in {"pure inference": pure, **METHODS}.items()
-        }
-        alone = times["pure inference"]
-        found += [
-            StackRow(name, rows, *seconds, alone[0] / seconds[0], alone[1] / seconds[1])
-            for name, seconds in times.items()
-        ]
-    return found
-
-
-# Results
-
-
-def write(
-    path: Path, device: str, steps: list[Step], best: Ceilings | None, ops: list[Row], stack: list[StackRow]
-) -> None:
-    """path.json with all numbers, path.md with the tables."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "device": device,
-        "ceilings": asdict(best) if best else None,
-        "steps": [asdict(step) for step in steps],
-        "ops": [asdict(row) for row in ops],
-        "stack": [asdict(row) for row in stack],
-    }
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(as_markdown(device, steps, best, ops, stack))
-
-
-def as_markdown(device: str, steps: list[Step], best: Ceilings | None, ops: list[Row], stack: list[StackRow]) -> str:
-    lines = [f"# {device}", "", "| step | result | | seconds |", "|---|---|---|---|"]
-    lines += [f"| {s.name} | {'passed' if s.passed else 'FAILED'} | {s.summary} | {s.seconds:.0f} |" for s in steps]
-    if best:
-        lines += [
-            "",
-            (
-                f"Measured here: {best.bytes_per_s / 1e9:.0f} GB/s copied (read and written), "
-                f"{best.flops_per_s / 1e12:.0f} TFLOP/s in an 8192-cubed bf16 product. "
-                "The floor is the longer of bytes and operations at these."
-            ),
-            "",
-            "| op | backend | size | launched, us | in a graph, us | GB/s | TFLOP/s | Gnormals/s | times the floor |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r.op} | {r.backend} | {r.what} | {r.launched_s * 1e6:.1f} | {r.graph_s * 1e6:.1f} | "
-            f"{r.bytes_per_s / 1e9:.0f} | {r.flops_per_s / 1e12:.2f} | {r.normals_per_s / 1e9:.1f} | {r.times_floor:.2f} |"
-            for r in ops
-        ]
-        lines += [
-            "",
-            "| 7B-shaped layers | rows | launched, ms | share of pure inference | in a graph, ms | share |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r.what} | {r.rows} | {r.launched_s * 1e3:.3f} | {r.launched_share:.1%} | {r.graph_s * 1e3:.3f} | "
-            f"{r.graph_share:.1%} |"
-            for r in stack
-        ]
-    return "\n".join(lines) + "\n"
+    def left(self, most: float) -> float:
+        return min(most, self.end - self.clock())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="write PATH.json and PATH.md (default: %(default)s)"
+        "--results", type=Path, default=RESULTS, help="write PATH.json, .md and .log (default: %(default)s)"
     )
     path = parser.parse_args().results
     if not torch.cuda.is_available():
         print("gpu-check: torch sees no GPU, nothing was checked", file=sys.stderr)
         return 1
-    properties = torch.cuda.get_device_properties(0)
-    device = f"{properties.name}, compute capability {properties.major}.{properties.minor}, torch {torch.__version__}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    steps = [build()]
-    best, ops, stack = None, [], []
-    if steps[0].passed:
-        steps += [*tests(path.with_suffix(".xml")), *sanitize()]
-        write(path, device, steps, best, ops, stack)  # should a measurement take the process down
-        start = time.monotonic()
-        with torch.inference_mode():
-            best = ceilings("cuda", on_gpu)
-            ops, stack = op_rows("cuda", on_gpu, best), stack_rows("cuda", on_gpu)
-        steps.append(Step("measurements", True, f"{len(ops)} ops and sizes", time.monotonic() - start))
-    write(path, device, steps, best, ops, stack)
-    print(path.with_suffix(".md").read_text())
-    return 0 if all(step.passed for step in steps) else 1
+    seed = os.environ.setdefault("ESSA_TEST_SEED", str(secrets.randbits(32)))
+    gpu = torch.cuda.get_device_properties(0)
+    device = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, torch {torch.__version__}, ESSA_TEST_SEED={seed}"
+    results = Results(path, device)
+    workers = max(1, min(os.cpu_count() or 1, gpu.total_memory // GPU_BYTES_EACH))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Check(results, Path(folder), workers).run()
+    print(results.as_markdown())
+    return 0 if all(step.result == PASSED for step in results.steps.values()) else 1
 
 
 if __name__ == "__main__":

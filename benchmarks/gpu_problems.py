@@ -1,22 +1,26 @@
 """Every op at the sizes a GPU is judged by, and the least a call must move and compute.
 
-    python -m benchmarks.gpu_problems [--shrink 32] [--device cuda]
+    python -m benchmarks.gpu_problems FOLDER [--shrink 32] [--device cuda]
 
-runs each once on every backend of the device, for compute-sanitizer to watch.
+runs each once on every backend of the device, a task of those in the folder: for compute-sanitizer to watch, and to have
+Triton's kernels compiled by several processes before one measures them.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import essa_kernels
 from essa_kernels import NoiseKey, dispatch
+
+from .gpu_tasks import Found, Tasks, Work
 
 KEY = NoiseKey(seed=2026)
 MEMBERS = 64
@@ -53,12 +57,12 @@ def fill(op: Callable[..., Tensor], count: int) -> Problem:
     return Problem(f"{count} values", make, moved=4 * count, normals=count)
 
 
-def perturb(count: int) -> Problem:
+def perturb(count: int, distribution: str) -> Problem:
     def make(device: str) -> Call:
         t = torch.randn(count, device=device, dtype=DTYPE)
-        return lambda backend: essa_kernels.perturb_(t, KEY, 1, 1e-3, backend=backend)
+        return lambda backend: essa_kernels.perturb_(t, KEY, 1, 1e-3, distribution=distribution, backend=backend)
 
-    return Problem(f"{count} bf16", make, moved=2 * 2 * count, normals=count)
+    return Problem(f"{count} bf16, {distribution}", make, moved=2 * 2 * count, normals=count)
 
 
 def es_update(count: int, distribution: str) -> Problem:
@@ -269,18 +273,18 @@ class Head:
     def bytes_of(self, hidden: int, weight: int) -> int:
         return 2 * self.d * (hidden * self.rows + weight * self.vocab)
 
-    @property
-    def flops(self) -> int:
-        """Of two products: logits and either gradient."""
-        return 4 * self.rows * self.d * self.vocab
+    def flops(self, products: int) -> int:
+        """Of products as large as the logits'; either gradient is one."""
+        return products * 2 * self.rows * self.d * self.vocab
 
 
-def linear_logprob(h: Head) -> Problem:
+def linear_logprob(h: Head, *, slopes: bool) -> Problem:
     def make(device: str) -> Call:
         operands = h.operands(device)
-        return lambda backend: torch.ops.essa.linear_logprob(*operands, True, backend)
+        return lambda backend: torch.ops.essa.linear_logprob(*operands, slopes, backend)
 
-    return Problem(f"{h.what}, with slope", make, h.bytes_of(hidden=2, weight=1), h.flops)
+    what = f"{h.what}, {'with' if slopes else 'without'} slope"
+    return Problem(what, make, h.bytes_of(hidden=1 + slopes, weight=1), h.flops(1 + slopes))
 
 
 def linear_logprob_backward(h: Head) -> Problem:
@@ -290,26 +294,31 @@ def linear_logprob_backward(h: Head) -> Problem:
         saved = (grad, slope, logprob, logsumexp, *operands)
         return lambda backend: torch.ops.essa.linear_logprob_backward(*saved, [True, True, False], backend)
 
-    return Problem(h.what, make, h.bytes_of(hidden=3, weight=2), h.flops)
+    return Problem(h.what, make, h.bytes_of(hidden=3, weight=2), h.flops(2))
 
 
+@dataclass(frozen=True)
 class StoredAdapters(Adapter):
-    """One adapter for each member, and rows of them in any order."""
+    """One adapter for each member, and rows of them in any order. Stacked, or in lists as they lie in a PEFT model."""
+
+    in_lists: bool = False
 
     @property
     def what(self) -> str:
-        return f"{MEMBERS} adapters, {super().what}"
+        return f"{MEMBERS} adapters{' in lists' if self.in_lists else ''}, {super().what}"
 
     def operands(self, device: str) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
         a = torch.randn(MEMBERS, self.rank, self.d_in, device=device, dtype=DTYPE) / self.d_in**0.5
         b = torch.randn(MEMBERS, self.d_out, self.rank, device=device, dtype=DTYPE) / self.rank**0.5
-        return self.x(device), [a], [b], torch.randint(0, MEMBERS, (self.rows,), device=device)
+        a, b = ([factor.clone() for factor in stack] if self.in_lists else [stack] for stack in (a, b))
+        return self.x(device), a, b, torch.randint(0, MEMBERS, (self.rows,), device=device)
 
 
 def multi_lora(a: StoredAdapters) -> Problem:
     def make(device: str) -> Call:
-        (x, (stacked_a,), (stacked_b,), ids), y = a.operands(device), a.y(device)
-        return lambda backend: essa_kernels.multi_lora(x, stacked_a, stacked_b, ids, y=y, backend=backend)
+        (x, v_a, u_b, ids), y = a.operands(device), a.y(device)
+        v_a, u_b = (factor if a.in_lists else factor[0] for factor in (v_a, u_b))
+        return lambda backend: essa_kernels.multi_lora(x, v_a, u_b, ids, y=y, backend=backend)
 
     return Problem(a.what, make, a.bytes_of(x=1, y=2, v_a=MEMBERS, u_b=MEMBERS), a.flops(a.d_in, a.d_out))
 
@@ -333,21 +342,22 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
     rank_one = [Adapter(rows, width, width, rank=1) for rows in (64, 512)]
     heads = [Head(rows, width, 2**17 // shrink) for rows in (512, 2048)]
     stored = [StoredAdapters(adapter.rows, width, width, 16) for adapter in adapters]
+    stored += [StoredAdapters(rows, width, width, 16, in_lists=True) for rows in (64, 512)]
     return {
         "gaussian": [fill(essa_kernels.gaussian, count)],
         "rademacher": [fill(essa_kernels.rademacher, count)],
-        "perturb_": [perturb(count)],
-        "es_update_": [es_update(count // 16, distribution) for distribution in ("gaussian", "rademacher")],
+        "perturb_": [perturb(count, d) for d in DISTRIBUTIONS],
+        "es_update_": [es_update(count // 16, d) for d in DISTRIBUTIONS],
         "svd_lora": [svd_lora(adapter) for adapter in adapters],
         "svd_lora_shrink": [svd_lora_shrink(adapter) for adapter in adapters],
         "svd_lora_expand_": [svd_lora_expand(adapter) for adapter in adapters],
-        "lora_perturbed": [*(lora_perturbed(few, d) for d in DISTRIBUTIONS), lora_perturbed(many, "gaussian")],
+        "lora_perturbed": [lora_perturbed(adapter, d) for adapter in (few, many) for d in DISTRIBUTIONS],
         "lowrank_perturbed": [lowrank_perturbed(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS],
         "lowrank_update_": [lowrank_update(width, width, MEMBERS, d) for d in DISTRIBUTIONS],
         "decode_attention": [
             decode_attention(Cache(rows, length // shrink)) for rows, length in ((64, 512), (64, 4096), (512, 512))
         ],
-        "linear_logprob": [linear_logprob(head) for head in heads],
+        "linear_logprob": [linear_logprob(head, slopes=slopes) for head in heads for slopes in (False, True)],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
         "svd_lora_linear": [svd_lora_linear(adapter) for adapter in adapters],
         "lora_perturbed_linear": [lora_perturbed_linear(adapter, d) for adapter in (few, many) for d in DISTRIBUTIONS],
@@ -365,26 +375,42 @@ def backends(op: str, device_type: str) -> list[str]:
     return [name for name in names if dispatch.unavailable(name, device_type, op) is None]
 
 
-def each_call(device: str, shrink: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
-    """(op, backend, size, call) for every op, problem and backend of the device."""
-    for op, sizes in problems(shrink).items():
-        for problem in sizes:
-            for backend in backends(op, device):
-                call = problem.make(device)
-                yield op, backend, problem.what, lambda call=call, backend=backend: call(backend)
+def each(device: str, shrink: int, task: Callable[[str, str, Problem], Work]) -> list[tuple[str, Work]]:
+    """The task of every op, backend of the device and problem, named."""
+    return [
+        (f"{op} on {backend}: {problem.what}", task(op, backend, problem))
+        for op, sizes in problems(shrink).items()
+        for problem in sizes
+        for backend in backends(op, device)
+    ]
+
+
+def each_once(device: str, shrink: int) -> list[tuple[str, Work]]:
+    def task(op: str, backend: str, problem: Problem) -> Work:
+        def work(found: Found) -> None:
+            problem.make(device)(backend)
+            synchronize(device)
+
+        return work
+
+    return each(device, shrink, task)
+
+
+def synchronize(device: str) -> None:
+    """So that what goes wrong on the GPU is raised here."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shrink", type=int, default=32)
+    parser.add_argument("folder", type=Path, help="the tasks that processes share")
+    parser.add_argument("--shrink", type=int, default=32, help="divides widths and counts (default: %(default)s)")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     with torch.inference_mode():
-        for op, backend, what, call in each_call(arguments.device, arguments.shrink):
-            call()
-            print(f"{op} on {backend}: {what}", flush=True)
-        if arguments.device == "cuda":
-            torch.cuda.synchronize()
+        works = each_once(arguments.device, arguments.shrink)
+        Tasks(arguments.folder).do(works, after_failure=lambda: synchronize(arguments.device))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,23 @@ them, and no attention: adapters cost the same with it, so their share of a real
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import essa_kernels
+from essa_kernels import NoiseKey
 
-from .gpu_problems import DTYPE, MEMBERS, Adapter
+from .gpu_problems import DISTRIBUTIONS, KEY, MEMBERS, Adapter
 
-LAYERS, HIDDEN, MLP, RANK = 4, 4096, 11008, 16
+LAYERS, HIDDEN, MLP = 4, 4096, 11008
+RANK, PERTURBED_RANK = 16, 8
+SIGMA = 1e-2
 
 # Projections of one layer; those of one line are given the same tensor.
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -25,19 +30,23 @@ GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer with its adapter."""
+    """One linear layer with an adapter for `svd_lora`, and a LoRA and a key of its own for members that perturb it."""
 
     weight: Tensor
     v_a: Tensor
     core: Tensor
     u_b: Tensor
+    a: Tensor
+    b: Tensor
+    key: NoiseKey
 
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one tensor with every member's singular values, each alone and all together."""
+    """Projections of one tensor, the members, and every member's singular values, each alone and all together."""
 
     projections: list[Projection]
+    members: Tensor
     values: list[tuple[Tensor, Tensor]]
     stacked_v_a: Tensor
     block_core: Tensor
@@ -74,10 +83,49 @@ def with_svd_lora_linear(group: Group, x: Tensor, offsets: Tensor) -> list[Tenso
     ]
 
 
+def with_lora_perturbed(group: Group, x: Tensor, offsets: Tensor, distribution: str) -> list[Tensor]:
+    outputs = pure(group, x, offsets)
+    for p, y in zip(group.projections, outputs, strict=True):
+        noise = (p.key, SIGMA, group.members, offsets)
+        essa_kernels.lora_perturbed(x, p.a, p.b, *noise, distribution=distribution, y=y)
+    return outputs
+
+
+def with_lora_perturbed_linear(group: Group, x: Tensor, offsets: Tensor, distribution: str) -> list[Tensor]:
+    noise = (SIGMA, group.members, offsets)
+    return [
+        essa_kernels.lora_perturbed_linear(x, p.weight, p.a, p.b, p.key, *noise, distribution=distribution)
+        for p in group.projections
+    ]
+
+
+def with_lowrank_perturbed(group: Group, x: Tensor, offsets: Tensor, distribution: str) -> list[Tensor]:
+    outputs = pure(group, x, offsets)
+    for p, y in zip(group.projections, outputs, strict=True):
+        noise = (p.key, SIGMA, group.members, offsets)
+        essa_kernels.lowrank_perturbed(x, y.shape[1], *noise, distribution=distribution, y=y)
+    return outputs
+
+
+def with_lowrank_perturbed_linear(group: Group, x: Tensor, offsets: Tensor, distribution: str) -> list[Tensor]:
+    noise = (SIGMA, group.members, offsets)
+    return [
+        essa_kernels.lowrank_perturbed_linear(x, p.weight, p.key, *noise, distribution=distribution)
+        for p in group.projections
+    ]
+
+
+PERTURBING = {
+    f"lora_perturbed, rank {PERTURBED_RANK}, after each layer": with_lora_perturbed,
+    f"lora_perturbed_linear, rank {PERTURBED_RANK}, in place of each layer": with_lora_perturbed_linear,
+    "lowrank_perturbed, rank 1, after each layer": with_lowrank_perturbed,
+    "lowrank_perturbed_linear, rank 1, in place of each layer": with_lowrank_perturbed_linear,
+}
 METHODS: dict[str, Method] = {
-    "svd_lora after each layer": with_svd_lora,
-    "svd_lora_shrink once for q, k, v and for gate, up": with_shared_shrink,
-    "svd_lora_linear in place of each layer": with_svd_lora_linear,
+    f"svd_lora, rank {RANK}, after each layer": with_svd_lora,
+    f"svd_lora_shrink, rank {RANK}, once for q, k, v and for gate, up": with_shared_shrink,
+    f"svd_lora_linear, rank {RANK}, in place of each layer": with_svd_lora_linear,
+    **{f"{name}, {d}": partial(way, distribution=d) for name, way in PERTURBING.items() for d in DISTRIBUTIONS},
 }
 
 
@@ -89,7 +137,10 @@ class Stack:
         sizes = dict.fromkeys(("q", "k", "v", "o"), (hidden, hidden))
         sizes |= {"gate": (hidden, mlp), "up": (hidden, mlp), "down": (mlp, hidden)}
         self.hidden = hidden
-        self.layers = [[make_group([sizes[name] for name in names], device) for names in GROUPS] for _ in range(LAYERS)]
+        keys = (KEY.at(site=site) for site in count(step=2))  # each takes a site for either factor
+        self.layers = [
+            [make_group([sizes[name] for name in names], keys, device) for names in GROUPS] for _ in range(LAYERS)
+        ]
 
     def forward(self, x: Tensor, offsets: Tensor, method: Method) -> Tensor:
         for attention, output, mlp_in, mlp_out in self.layers:
@@ -100,14 +151,14 @@ class Stack:
         return x
 
 
-def make_group(sizes: list[tuple[int, int]], device: str) -> Group:
+def make_group(sizes: list[tuple[int, int]], keys: Iterator[NoiseKey], device: str) -> Group:
     projections, values = [], []
     for d_in, d_out in sizes:
         adapter = Adapter(MEMBERS, d_in, d_out, RANK)
-        weight = torch.randn(d_out, d_in, device=device, dtype=DTYPE) / d_in**0.5
-        projections.append(Projection(weight, *adapter.factors(device)))
+        a, _, b = Adapter(MEMBERS, d_in, d_out, PERTURBED_RANK).factors(device)
+        projections.append(Projection(adapter.weight(device), *adapter.factors(device), a, b, next(keys)))
         values.append(adapter.values(device))
     stacked = torch.cat([p.v_a for p in projections])
     core = torch.block_diag(*(p.core for p in projections))
     s_a, s_b = (torch.cat(parts, 1) for parts in zip(*values, strict=True))
-    return Group(projections, values, stacked, core, (s_a, s_b))
+    return Group(projections, torch.arange(MEMBERS, device=device), values, stacked, core, (s_a, s_b))
