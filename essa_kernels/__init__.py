@@ -18,7 +18,7 @@ from .ops.lora_perturbed import lora_perturbed, lora_perturbed_linear
 from .ops.lowrank import lowrank_perturbed, lowrank_perturbed_linear, lowrank_update_
 from .ops.multi_lora import multi_lora
 from .ops.noise import gaussian, rademacher
-from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
+from .ops.svd_lora import svd_lora, svd_lora_expand_, svd_lora_expand_linear, svd_lora_linear, svd_lora_shrink
 
 try:
     __version__ = _metadata.version("essa-kernels")
@@ -44,6 +44,7 @@ __all__ = [
     "rademacher",
     "svd_lora",
     "svd_lora_expand_",
+    "svd_lora_expand_linear",
     "svd_lora_linear",
     "svd_lora_shrink",
 ]

@@ -28,6 +28,7 @@ OPS = {
     "svd_lora_shrink": ("svd_lora", "svd_lora_shrink"),
     "svd_lora_expand_": ("svd_lora", "svd_lora_expand_"),
     "svd_lora_linear": ("svd_lora", "svd_lora_linear"),
+    "svd_lora_expand_linear": ("svd_lora", "svd_lora_expand_linear"),
     "perturb_": ("es_update", "perturb_"),
     "es_update_": ("es_update", "es_update_"),
     "lora_perturbed": ("lora_perturbed", "lora_perturbed_"),
@@ -55,6 +56,7 @@ WITHOUT_CUDA = frozenset(
         "multi_lora",
         "multi_lora_backward",
         "svd_lora_linear",
+        "svd_lora_expand_linear",
     }
 )
 

@@ -62,6 +62,12 @@ def svd_lora_linear(
     svd_lora_(y, x, v_a, core, u_b, s_a, s_b, offsets)
 
 
+def svd_lora_expand_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, u_b: Tensor) -> None:
+    """y = x weight^T + bias by torch, then svd_lora_expand_."""
+    _linear(y, x, weight, bias)
+    svd_lora_expand_(y, h, u_b)
+
+
 def svd_lora_shrink(h: Tensor, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     """h = s_b[m] * (core (s_a[m] * (v_a x))), row by row."""
     (rows, d_in), (members, r_a), (h_stride, _), (x_stride, _) = x.shape, s_a.shape, h.stride(), x.stride()

@@ -29,6 +29,7 @@ from essa_kernels import (
     rademacher,
     svd_lora,
     svd_lora_expand_,
+    svd_lora_expand_linear,
     svd_lora_linear,
     svd_lora_shrink,
 )
@@ -74,7 +75,7 @@ def calls(dtype):
     a, b = on_gpu(RANK, D_IN, dtype=dtype), on_gpu(D_OUT, RANK, dtype=dtype)
     members, offsets = torch.arange(MEMBERS).to("cuda:0"), (torch.arange(MEMBERS + 1) * 4).to("cuda:0")
     spectra = on_gpu(RANK, RANK), on_gpu(MEMBERS, RANK), on_gpu(MEMBERS, RANK)
-    projected, out = (a, spectra[0]), on_gpu(4, 9)
+    projected, out, h = (a, spectra[0]), on_gpu(4, 9), on_gpu(ROWS, 2 * RANK)[:, RANK:]
     tensors, weights = [on_gpu(5, 7, dtype=dtype), on_gpu(9), on_gpu(3, 2, 2)], on_gpu(7)
     labels, ids = torch.arange(ROWS).to("cuda:0"), (torch.arange(ROWS) % 3 - 1).to("cuda:0")
     noise = (KEY, 0.1, members, offsets)
@@ -88,8 +89,9 @@ def calls(dtype):
         "lowrank_update_": lambda: lowrank_update_([weight, b], KEY, weights),
         "svd_lora": lambda: svd_lora(x, *projected, b, *spectra[1:], offsets, y),
         "svd_lora_shrink": lambda: svd_lora_shrink(x, *projected, *spectra[1:], offsets),
-        "svd_lora_expand_": lambda: svd_lora_expand_(y, spectra[0][:1].expand(ROWS, RANK).contiguous(), b),
+        "svd_lora_expand_": lambda: svd_lora_expand_(y, h, b),
         "svd_lora_linear": lambda: svd_lora_linear(x, weight, *projected, b, *spectra[1:], offsets),
+        "svd_lora_expand_linear": lambda: svd_lora_expand_linear(x, weight, h, b),
         "lora_perturbed": lambda: lora_perturbed(x, a, b, *noise, y=y),
         "lora_perturbed_linear": lambda: lora_perturbed_linear(x, weight, a, b, *noise),
         "lowrank_perturbed": lambda: lowrank_perturbed(x, D_OUT, *noise, y=y),
@@ -111,6 +113,7 @@ LAUNCHES = {
     "svd_lora_shrink": 2,
     "svd_lora_expand_": 1,
     "svd_lora_linear": 1,
+    "svd_lora_expand_linear": 1,
     "lora_perturbed": 2,
     "lora_perturbed_linear": 2,
     "lowrank_perturbed": 2,

@@ -153,6 +153,39 @@ def svd_lora_linear(
     return _linear_op(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend)
 
 
+def svd_lora_expand_linear(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    u_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and the second half of its `svd_lora`: ``x weight^T + bias + u_b h`` for every row.
+
+    For many rows of projections that share one x: one `svd_lora_shrink` makes every projection's h, and each projection
+    is one product that ends with its own columns of h. On a GPU that is one Triton kernel, which reads and writes the
+    result once and rounds it once. On the CPU it is `torch.nn.functional.linear` followed by `svd_lora_expand_`, and
+    rounded by each. No backward.
+
+    Args:
+        x: [..., d_in], float32, bfloat16 or float16, as in `svd_lora`.
+        weight: [d_out, d_in], x's dtype, contiguous.
+        h: [rows, r_b], float32, from `svd_lora_shrink`, or a range of its columns.
+        u_b: [d_out, r_b], x's dtype; either dimension may be the contiguous one.
+        bias: [d_out], x's dtype, contiguous.
+        backend: "cpu", "triton" or "reference"; by default the best available (see `explain`).
+
+    Returns:
+        [..., d_out], x's dtype.
+
+    Raises:
+        ValueError, RuntimeError: as `svd_lora`.
+    """
+    return _expand_linear_op(x, weight, h, u_b, bias, backend)
+
+
 def _check_shrink(op: str, x: Tensor, v_a: Tensor, core: Tensor, s_a: Tensor, s_b: Tensor, offsets: Tensor) -> None:
     check_no_grad(op, x=x, v_a=v_a, core=core, s_a=s_a, s_b=s_b)
     check_floating(op, "x", x)
@@ -194,8 +227,7 @@ def _check_svd_lora(
     _check_layout(op, u_b)
 
 
-def _check_expand(y: Tensor, h: Tensor, u_b: Tensor, backend: str | None = None) -> None:
-    op = "svd_lora_expand_"
+def _check_expand(y: Tensor, h: Tensor, u_b: Tensor, op: str = "svd_lora_expand_") -> None:
     check_no_grad(op, y=y, h=h, u_b=u_b)
     check_floating(op, "y", y)
     d_out, r_b = check_matrix(op, "u_b", u_b, "d_out, r_b")
@@ -269,6 +301,25 @@ def _fake_linear(x, weight, v_a, core, u_b, s_a, s_b, offsets, bias, backend=Non
     return y
 
 
+def _run_expand_linear(x, weight, h, u_b, bias, backend=None) -> Tensor:
+    implementation = dispatch.resolve("svd_lora_expand_linear", x.device, backend)
+    y = _fake_expand_linear(x, weight, h, u_b, bias)
+    rows = rows_of_x(x)
+    if rows.shape[0]:
+        implementation(y.view(rows.shape[0], -1), rows, weight, bias, h, u_b)
+    return y
+
+
+def _fake_expand_linear(x, weight, h, u_b, bias, backend=None) -> Tensor:
+    op = "svd_lora_expand_linear"
+    check_no_grad(op, x=x)
+    check_floating(op, "x", x)
+    y = x.new_empty(*x.shape[:-1], check_matrix(op, "u_b", u_b, "d_out, r_b")[0])
+    _check_expand(y, h, u_b, op)
+    check_base_layer(op, x, y.shape[-1], weight, bias)
+    return y
+
+
 def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
     h = x.new_empty(x.shape[:-1].numel(), *s_b.shape[-1:], dtype=torch.float32)
     done = direct("svd_lora_shrink", backend, h, x, v_a, core, s_a, s_b, offsets)
@@ -287,6 +338,10 @@ def _run_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
 def _fake_shrink(x, v_a, core, s_a, s_b, offsets, backend=None) -> Tensor:
     _check_shrink("svd_lora_shrink", x, v_a, core, s_a, s_b, offsets)
     return x.new_empty(x.numel() // x.shape[-1], core.shape[0], dtype=torch.float32)
+
+
+def _fake_expand(y, h, u_b, backend=None) -> None:
+    _check_expand(y, h, u_b)
 
 
 def _run_expand(y, h, u_b, backend=None) -> None:
@@ -310,11 +365,16 @@ _svd_lora_op = register(f"svd_lora({_ARGUMENTS}) -> Tensor", _run, _fake)
 _svd_lora_inplace_op = register(f"svd_lora_(Tensor(a!) y, {_ARGUMENTS}) -> ()", _run_inplace, _fake_inplace)
 _shrink_op = register(f"svd_lora_shrink({_SHRINK_ARGUMENTS}) -> Tensor", _run_shrink, _fake_shrink)
 _expand_op = register(
-    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand, _check_expand
+    "svd_lora_expand_(Tensor(a!) y, Tensor h, Tensor u_b, str? backend=None) -> ()", _run_expand, _fake_expand
 )
 _linear_op = register(
     "svd_lora_linear(Tensor x, Tensor weight, Tensor v_a, Tensor core, Tensor u_b, Tensor s_a, Tensor s_b, "
     "Tensor offsets, Tensor? bias, str? backend=None) -> Tensor",
     _run_linear,
     _fake_linear,
+)
+_expand_linear_op = register(
+    "svd_lora_expand_linear(Tensor x, Tensor weight, Tensor h, Tensor u_b, Tensor? bias, str? backend=None) -> Tensor",
+    _run_expand_linear,
+    _fake_expand_linear,
 )

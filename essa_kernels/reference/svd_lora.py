@@ -37,6 +37,13 @@ def svd_lora_(
     svd_lora_expand_(y, h, u_b)
 
 
+def svd_lora_expand_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, u_b: Tensor) -> None:
+    """y = x weight^T + bias + u_b h, row by row."""
+    sums = linear(x, weight, bias)
+    svd_lora_expand_(sums, h, u_b)
+    y.copy_(sums)
+
+
 def svd_lora_linear(
     y: Tensor,
     x: Tensor,

@@ -325,6 +325,7 @@ def linear_kernel(
     d_in,
     d_out,
     x_stride,
+    h_stride,
     R_A: tl.constexpr,
     R_B: tl.constexpr,
     SHRINKS: tl.constexpr,
@@ -343,7 +344,8 @@ def linear_kernel(
     rank_a = tl.arange(0, RANK_A)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
     w_rows = weight + column.to(tl.int64)[None, :] * d_in
-    v_rows = v_a + rank_a.to(tl.int64)[None, :] * d_in
+    if SHRINKS:
+        v_rows = v_a + rank_a.to(tl.int64)[None, :] * d_in
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     shrunk = tl.zeros((ROWS, RANK_A), tl.float32)
     for first in range(0, d_in, INNER):
@@ -369,7 +371,7 @@ def linear_kernel(
         for first in range(0, R_B, RANK_B):
             rank = first + tl.arange(0, RANK_B)
             h_block = tl.load(
-                h + row.to(tl.int64)[:, None] * R_B + rank[None, :],
+                h + row.to(tl.int64)[:, None] * h_stride + rank[None, :],
                 mask=(row < rows)[:, None] & (rank < R_B)[None, :],
                 other=0.0,
             )
@@ -461,16 +463,37 @@ def svd_lora_linear(
     offsets: Tensor,
 ) -> None:
     """y = x weight^T + bias + u_b (s_b[m] * (core (s_a[m] * (v_a x)))), row by row."""
-    (rows, d_in), (d_out, r_b), (members, r_a) = x.shape, u_b.shape, s_a.shape
+    rows, (r_b, r_a), few = x.shape[0], core.shape, config(x, "linear_decode")
+    if rows <= few["max_rows"] and max(r_a, r_b) <= few["max_ranks_bytes"] // x.element_size():
+        _linear(y, x, weight, bias, None, (v_a, core, s_a, s_b, offsets), u_b)
+    else:
+        h = x.new_empty(rows, r_b, dtype=torch.float32)
+        svd_lora_shrink(h, x, v_a, core, s_a, s_b, offsets)
+        svd_lora_expand_linear(y, x, weight, bias, h, u_b)
+
+
+def svd_lora_expand_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, u_b: Tensor) -> None:
+    """y = x weight^T + bias + u_b h, row by row."""
+    _linear(y, x, weight, bias, h, None, u_b)
+
+
+def _linear(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    shrink: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    u_b: Tensor,
+) -> None:
+    """The base layer with h, or with what makes it: v_a, core, s_a, s_b, offsets."""
+    (rows, d_in), (d_out, r_b) = x.shape, u_b.shape
+    v_a, core, s_a, s_b, offsets = shrink or (None,) * 5
+    members, r_a = (0, 1) if s_a is None else s_a.shape
     few = config(x, "linear_decode")
-    shrinks = rows <= few["max_rows"] and max(r_a, r_b) <= few["max_ranks_bytes"] // x.element_size()
     shape = few if rows <= few["max_rows"] else config(x, "linear")
     if misaligned(x):
         shape = config(x, "linear_misaligned")
-    h = None
-    if not shrinks:
-        h = x.new_empty(rows, r_b, dtype=torch.float32)
-        svd_lora_shrink(h, x, v_a, core, s_a, s_b, offsets)
     columns = shape["block_columns_bytes"] // x.element_size()
     with on_device(x):
         linear_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, columns))](
@@ -491,16 +514,17 @@ def svd_lora_linear(
             d_in,
             d_out,
             x.stride(0),
+            0 if h is None else h.stride(0),
             R_A=r_a,
             R_B=r_b,
-            SHRINKS=shrinks,
+            SHRINKS=h is None,
             BIASED=bias is not None,
             TRANSPOSED=not u_b.is_contiguous(),
             ROWS=shape["block_rows"],
             INNER=shape["block_inner_bytes"] // x.element_size(),
             COLUMNS=columns,
             RANK_A=_padded(r_a),
-            RANK_B=_padded(r_b) if shrinks else rank_block(x, "expand", r_b),
+            RANK_B=_padded(r_b) if h is None else rank_block(x, "expand", r_b),
             WIDTH=SEARCH_WIDTH,
             num_warps=shape["num_warps"],
             enable_fp_fusion=True,

@@ -201,6 +201,19 @@ def test_svd_lora_linear(configure, seed, max_rows, shape, dtype):
     assert_y(y[:-1], p._replace(y=base), h_error=H_ERROR[dtype])
 
 
+@pytest.mark.parametrize("shape", ["ragged", "odd", "wide ranks", "one row each"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_lora_expand_linear(seed, shape, dtype):
+    p = problem(shape, dtype, transposed=shape == "odd")
+    weight = (torch.randn(p.y.shape[1], p.x.shape[1]) / p.x.shape[1] ** 0.5).to(dtype)
+    h = torch.full((p.x.shape[0], p.core.shape[0] + 3), float("nan"))[:, 2:-1]
+    svd_lora.svd_lora_shrink(h, *p.of_shrink)
+    y = torch.full((len(p.x) + 1, p.y.shape[1]), float("nan"), dtype=dtype)
+    svd_lora.svd_lora_expand_linear(y[:-1], p.x, weight, None, h, p.u_b)
+    assert y[-1].isnan().all(), "wrote past the end"
+    assert_y(y[:-1], p._replace(y=p.x.double() @ weight.double().T), h_error=H_ERROR[dtype])
+
+
 @pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink_sums_its_splits(configure, seed, splits, dtype):

@@ -354,8 +354,10 @@ def check_svd_lora_linear(launches: list[Launch], arch: str, dtype: torch.dtype,
         y, x, v_a, *rest = operands(rows, rank, dtype, size)
         weight = torch.empty(size, size, dtype=dtype, device="meta")
         svd_lora.svd_lora_linear(y, x, weight, weight[0], v_a, *rest)
+        h = torch.empty(rows, 3 * rank, dtype=torch.float32, device="meta")[:, rank : 2 * rank]
+        svd_lora.svd_lora_expand_linear(y, x, weight, None, h, rest[1])
     linear = [launch for launch in launches if launch.kernel is svd_lora.linear_kernel]
-    assert len(linear) == 2
+    assert len(linear) == 4
     for launch in linear:
         kernel = compiled(launch, arch)
         assert_fits(kernel, arch, most_registers=256, most_shared=160 << 10)

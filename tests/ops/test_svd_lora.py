@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
+from essa_kernels import dispatch, svd_lora, svd_lora_expand_, svd_lora_expand_linear, svd_lora_linear, svd_lora_shrink
 
 from .oracle import (
     DTYPES,
@@ -198,6 +198,28 @@ def test_linear(backend, dtype, sizes, biased, seed):
     )
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_expand_linear(backend, dtype, sizes, biased, seed):
+    """From a range of the columns of an h that two projections share."""
+    name, device = backend
+    operands = random_operands(*sizes, dtype, device)
+    projection = operands._asdict()
+    u_b = projection.pop("u_b")
+    h = svd_lora_shrink(**projection, backend=name)
+    shared = torch.cat([torch.full_like(h, torch.nan), h, torch.full_like(h, torch.nan)], 1)
+    assert_linear_no_worse_than_torch(
+        backend,
+        "svd_lora_expand_linear",
+        lambda weight, bias: svd_lora_expand_linear(
+            operands.x, weight, shared[:, h.shape[1] : 2 * h.shape[1]], u_b, bias, backend=name
+        ),
+        lambda base, precision: with_torch(operands, base, precision),
+        operands.x,
+        len(u_b),
+        biased=biased,
+    )
+
+
 def test_linear_of_any_layout(backend, seed):
     name, device = backend
     operands = random_operands([4, 8], 65, 33, 8, 8, device=device)
@@ -205,6 +227,14 @@ def test_linear_of_any_layout(backend, seed):
         backend,
         "svd_lora_linear",
         lambda x, weight: svd_lora_linear(x, weight, *operands[1:], backend=name),
+        operands.x,
+        33,
+    )
+    h = svd_lora_shrink(**{n: v for n, v in operands._asdict().items() if n != "u_b"}, backend=name)
+    assert_linear_takes_any_layout(
+        backend,
+        "svd_lora_expand_linear",
+        lambda x, weight: svd_lora_expand_linear(x, weight, h, operands.u_b, backend=name),
         operands.x,
         33,
     )
@@ -218,6 +248,10 @@ def test_linear_is_registered(seed):
     torch.library.opcheck(torch.ops.essa.svd_lora_linear.default, arguments)
     compiled = torch.compile(svd_lora_linear, fullgraph=True, backend="aot_eager")
     assert_close(compiled(*arguments), svd_lora_linear(*arguments))
+    arguments = operands.x, weight, torch.randn(5, 3), operands.u_b, bias
+    torch.library.opcheck(torch.ops.essa.svd_lora_expand_linear.default, arguments)
+    compiled = torch.compile(svd_lora_expand_linear, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*arguments), svd_lora_expand_linear(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +273,27 @@ def test_bad_operands_of_linear_are_refused(name, value, message, seed):
     operands["weight"].requires_grad_()
     with torch.enable_grad(), pytest.raises(RuntimeError, match="svd_lora_linear: weight requires grad"):
         svd_lora_linear(**operands)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *bad_base_layers(7, 9),
+        ("x", torch.zeros(5, 8), r"weight must have shape \[d_out, d_in\] = \[7, 8\], got \[7, 9\]"),
+        ("x", torch.zeros(5, 9, dtype=torch.int64), "x must have dtype float32, bfloat16 or float16, got torch.int64"),
+        ("h", torch.zeros(4, 3), r"h must have shape \[rows, r_b\] = \[5, 3\], got \[4, 3\]"),
+        ("h", torch.zeros(5, 6)[:, ::2], r"h must be rows of adjacent elements, got strides \[6, 2\]"),
+        ("u_b", torch.zeros(7, 6)[:, ::2], r"u_b or its transpose must be contiguous, got strides \[6, 2\]"),
+    ],
+)
+def test_bad_operands_of_expand_linear_are_refused(name, value, message, seed):
+    operands = {"x": torch.randn(5, 9), "weight": torch.randn(7, 9), "h": torch.randn(5, 3), "u_b": torch.randn(7, 3)}
+    operands["bias"] = torch.randn(7)
+    with pytest.raises(ValueError, match=f"^svd_lora_expand_linear: {message}"):
+        svd_lora_expand_linear(**(operands | {name: value}))
+    operands["x"].requires_grad_()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="svd_lora_expand_linear: x requires grad"):
+        svd_lora_expand_linear(**operands)
 
 
 # In somebody else's module

@@ -34,6 +34,7 @@ def arguments(op: str) -> dict[str, object]:
         "svd_lora_shrink": {"x": x, **svd},
         "svd_lora_expand_": {"y": y, "h": h, "u_b": b},
         "svd_lora_linear": {"x": x, "weight": weight, **svd, "u_b": b, "bias": torch.zeros(D_OUT)},
+        "svd_lora_expand_linear": {"x": x, "weight": weight, "h": h, "u_b": b, "bias": torch.zeros(D_OUT)},
         "lora_perturbed": {"x": x, "a": a, "b": b, **noise, "y": y},
         "lora_perturbed_linear": {"x": x, "weight": weight, "a": a, "b": b, **noise, "bias": torch.zeros(D_OUT)},
         "lowrank_perturbed": {"x": x, "d_out": D_OUT, **noise, "y": y},
