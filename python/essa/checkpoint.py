@@ -93,6 +93,14 @@ class Run:
         run._read_history()
         return run
 
+    @property
+    def command(self) -> dict[str, Any]:
+        """The options of the command that started the run; none where it was started from Python. No digest covers them."""
+        command = self.about.get("command", {}) if isinstance(self.about, dict) else None
+        if not isinstance(command, dict):
+            raise InputError(f"{str(self.directory / RUN_FILE)!r} is damaged: its command is {command!r}")
+        return command
+
     @classmethod
     def resume(cls, directory: str | Path, identity: dict[str, Any], about: dict[str, Any]) -> Run:
         """Read, verify and lock a run that has this identity, and note how it goes on."""
@@ -192,6 +200,24 @@ def refuse_existing(directory: Path, *run_files: str) -> None:
             raise InputError(
                 f"output_dir {str(directory)!r} holds {name!r} already, which is not overwritten; choose another output_dir"
             )
+
+
+def read_command(folder: Path) -> dict[str, Any]:
+    """The options that the run of `essa trdpo` in a folder was started with.
+
+    Raises:
+        InputError: there is no such run, or its file is damaged.
+    """
+    path = folder / COMMAND_FILE
+    if not path.is_file():
+        raise InputError(f"no run to resume in {str(folder)!r}: it has no {COMMAND_FILE}")
+    try:
+        command = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is damaged: {error}") from error
+    if not isinstance(command, dict):
+        raise InputError(f"{str(path)!r} is damaged: it must hold an object of options, got {type(command).__name__}")
+    return command
 
 
 def check_resumed_folder(resumed: str | Path, output_dir: Path) -> None:

@@ -28,6 +28,9 @@ from essa.rows import read_rows
 from essa.trdpo.settings import CommandSettings
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+RECORD, YAML = "essa.record", "essa.yaml"
+"""Where options have their values from that are not on the command line."""
+RESUMED = "Its options need not be repeated, but for those that bring in code: module:name, --trust_remote_code."
 
 app = typer.Typer(
     name="essa",
@@ -61,7 +64,7 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
             raise typer.BadParameter(f"cannot read {path!r}: {error}") from error
         if not isinstance(settings, dict):
             raise typer.BadParameter(f"{path!r} must hold `option: value` lines, got {type(settings).__name__}")
-        context.default_map = {**(context.default_map or {}), **_known(settings, context, path)}
+        _add_defaults(context, YAML, _known(settings, context, path))
     return path
 
 
@@ -104,7 +107,7 @@ def _read_run(context: typer.Context, directory: str | None) -> str | None:
         from essa.checkpoint import Run
 
         try:
-            recorded = Run.read(directory).about.get("command", {})
+            recorded = Run.read(directory).command
         except InputError as error:
             raise typer.BadParameter(str(error)) from error
         _add_recorded(context, recorded, directory)
@@ -114,25 +117,42 @@ def _read_run(context: typer.Context, directory: str | None) -> str | None:
 def _read_trdpo(context: typer.Context, directory: str | None) -> str | None:
     """Take the defaults of `essa trdpo` from the run that is to be resumed."""
     if directory is not None:
-        from essa.checkpoint import COMMAND_FILE
+        from essa.checkpoint import read_command
 
-        path = Path(directory, COMMAND_FILE)
         try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"no run to resume in {directory!r}: {error}") from error
+            recorded = read_command(Path(directory))
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from error
         _add_recorded(context, recorded, directory)
     return directory
 
 
 def _add_recorded(context: typer.Context, recorded: dict[str, Any], directory: str) -> None:
-    """A YAML file wins over what a run was started with, whichever is read first."""
+    # Not those that read a file: a record could name one that names code.
+    options = {option.name for option in context.command.params if not option.is_eager}
     given = {
         name: _with_commas(name, value)
         for name, value in {**recorded, "output_dir": directory}.items()
-        if value is not None
+        if value is not None and name in options
     }
-    context.default_map = {**given, **(context.default_map or {})}
+    _add_defaults(context, RECORD, given)
+
+
+def _add_defaults(context: typer.Context, source: str, values: dict[str, Any]) -> None:
+    """A YAML file wins over what a run was started with, whichever is read first."""
+    context.meta[source] = values
+    context.default_map = {**context.meta.get(RECORD, {}), **context.meta.get(YAML, {})}
+
+
+def _check_recorded(context: typer.Context, values: dict[str, Any]) -> None:
+    """Raise `InputError` if a value that neither the command line nor a YAML file gives brings in code."""
+    record = context.meta.get(RECORD)
+    if record is not None:
+        from essa.recorded import check_recorded
+
+        typed = {name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+        alone = record.keys() - typed - context.meta.get(YAML, {}).keys()
+        check_recorded({name: value for name, value in values.items() if name in alone}, record["output_dir"])
 
 
 def _command(*settings: type) -> Callable[[Callable], Callable]:
@@ -150,11 +170,13 @@ def _command(*settings: type) -> Callable[[Callable], Callable]:
         ]
         for kind in settings:
             parameters += _options(kind)
+        parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
-        def run(**values: Any) -> None:
+        def run(context: typer.Context, **values: Any) -> None:
             try:
+                _check_recorded(context, values)
                 with _stopped_by_sigterm():
                     function(**values)
             except InputError as error:
@@ -259,7 +281,7 @@ def align(
             "--resume_from_checkpoint",
             callback=_read_run,
             is_eager=True,
-            help="Folder of a run to continue. Its options need not be repeated; --generations may ask for more.",
+            help=f"Folder of a run to continue. {RESUMED} --generations may ask for more.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -331,7 +353,7 @@ def trdpo(
             "--resume_from_checkpoint",
             callback=_read_trdpo,
             is_eager=True,
-            help="Folder of a run to continue from its last checkpoint. Its options need not be repeated.",
+            help=f"Folder of a run to continue from its last checkpoint. {RESUMED}",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -370,6 +392,8 @@ def sft(
         ),
     ],
     dataset_split: DataSplit = "train",
+    dataset_config: DataConfig = None,
+    data_dir: DataDir = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option("--device", help=DEVICES)] = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -392,8 +416,6 @@ def sft(
     train(model, tokenizer, rows, args, log=log)
     typer.echo(f"adapter: {args.output_dir}")
 
-    dataset_config: DataConfig = None,
-    data_dir: DataDir = None,
 
 @_command()
 def eval(
@@ -404,6 +426,8 @@ def eval(
         str | None, typer.Option("--adapter", help="LoRA adapter: folder or hub name. Default: the bare model.")
     ] = None,
     dataset_split: DataSplit = "test",
+    dataset_config: DataConfig = None,
+    data_dir: DataDir = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", help="Longest completion, in tokens.", min=1)
     ] = 256,
@@ -426,8 +450,6 @@ def eval(
     A table goes to stderr, the same numbers as JSON to stdout.
     """
     template = read_chat_template_kwargs(chat_template_kwargs)
-    dataset_config: DataConfig = None,
-    data_dir: DataDir = None,
     rows = read_rows(dataset_name, split=dataset_split, config=dataset_config, data_dir=data_dir)
     _quiet()
     from essa.evaluate import check_prompts, evaluate

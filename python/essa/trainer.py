@@ -30,6 +30,7 @@ from essa.data import Prompts, PromptSampler
 from essa.evaluate import check_prompts
 from essa.models import ModelSource, check_model, fingerprint, has_lora, tokenizer_of, weight_digests, with_adapter
 from essa.progress import Progress, stderr_console
+from essa.recorded import resume_command
 from essa.rewards import Reward, RewardError, Rewards
 from essa.row_budget import choose_row_budget
 from essa.search import Search, of_weights
@@ -329,10 +330,10 @@ class ESSATrainer:
             )
 
     def _how_to_resume(self) -> str:
-        folder = self.args.output_dir
+        command = resume_command("align", self.args.output_dir, self.about.get("command", {}))
         return (
             f"Stopped after generation {self.state.global_step} of {self.args.generations}. Nothing told so far is "
-            f"lost; resume with `essa align --resume_from_checkpoint {folder}`, or with "
+            f"lost; resume with `{command}`, or with "
             f"trainer.train(resume_from_checkpoint=True) on the same trainer settings."
         )
 

@@ -10,10 +10,18 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from essa.checkpoint import COMMAND_FILE, check_resumed_folder, make_folder, refuse_existing, write_atomically
+from essa.checkpoint import (
+    COMMAND_FILE,
+    check_resumed_folder,
+    make_folder,
+    read_command,
+    refuse_existing,
+    write_atomically,
+)
 from essa.config import InputError
 from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base, lora_config
+from essa.recorded import resume_command
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.settings import NEW_ADAPTER, CommandSettings
 from essa.trdpo.trainer import TRDPOTrainer, check_attention
@@ -108,7 +116,7 @@ def run_trdpo(
     except KeyboardInterrupt:
         step = trainer.state.global_step
         if _checkpoints(folder):
-            say(f"Stopped after step {step}; resume with `essa trdpo --resume_from_checkpoint {folder}`")
+            say(f"Stopped after step {step}; resume with `{resume_command('trdpo', folder, command)}`")
         else:
             (folder / COMMAND_FILE).unlink()
             say(
@@ -154,7 +162,7 @@ def _training_arguments(settings: CommandSettings, *, evaluate: bool) -> TRDPOCo
 
 def _refuse_changes(folder: Path, command: dict[str, Any]) -> None:
     """A run goes on with the options it was started with: its checkpoint's optimiser and schedule are of those."""
-    recorded = json.loads((folder / COMMAND_FILE).read_text(encoding="utf-8"))
+    recorded = read_command(folder)
     changed = [
         f"{name} was {recorded[name]!r}, now {value!r}"
         for name, value in command.items()
