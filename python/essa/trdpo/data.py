@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -17,11 +17,21 @@ import numpy as np
 
 from essa.config import InputError
 from essa.data import check_encodable, template_of
+from essa.trdpo.columns import (
+    HH_ASSISTANT,
+    HH_HUMAN,
+    PAIR,
+    check_scores,
+    check_turns,
+    looks_swapped,
+    repeats_prompt,
+)
 
 logger = logging.getLogger(__name__)
 
-PAIR, JUDGED, TLDR = ("chosen", "rejected"), ("completion", "label"), ("info", "summaries", "choice")
-HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+JUDGED, TLDR = ("completion", "label"), ("info", "summaries", "choice")
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+"""As a CSV file has them, in any case."""
 CHUNK = 1000
 
 
@@ -52,6 +62,8 @@ class Preferences(Sequence[Example]):
         identical: how many pairs have the same chosen and rejected completion, and so teach nothing.
         truncated: how many rows had a completion cut to max_length.
         empty: how many of Anthropic's dialogues end in a turn that says nothing, and were left out.
+        rows: how many were kept.
+        doubled, swapped: how many of them have text columns that do not look like what their names say.
     """
 
     name: str
@@ -59,6 +71,9 @@ class Preferences(Sequence[Example]):
     identical: int = 0
     truncated: int = 0
     empty: int = 0
+    rows: int = 0
+    doubled: int = 0
+    swapped: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -89,6 +104,22 @@ class Preferences(Sequence[Example]):
             logger.warning("%s: %d of %d rows had a completion cut to max_length", self.name, self.truncated, len(self))
         if self.empty:
             logger.warning("%s: left out %d dialogues whose last turn is empty", self.name, self.empty)
+        if self.doubled > self.rows / 2:
+            logger.warning(
+                "%s: in %d of %d rows the completions begin with their prompt, so that the model reads it twice; if they are "
+                "to hold it, leave the column `prompt` out",
+                self.name,
+                self.doubled,
+                self.rows,
+            )
+        if self.swapped > self.rows / 2:
+            logger.warning(
+                "%s: in %d of %d rows `chosen` looks more like a prompt than `prompt` and `rejected` do; are the columns "
+                "swapped?",
+                self.name,
+                self.swapped,
+                self.rows,
+            )
 
 
 def read_preferences(
@@ -111,12 +142,20 @@ def read_preferences(
     rows = list(dataset)
     if not rows:
         raise InputError(f"{name} is empty")
-    _check_scores(rows, name)
+    check_scores(rows, name)
     kept = [(number, row) for number, row in enumerate(rows) if not _ends_silent(row)]
     if not kept:
         raise InputError(f"{name}: every dialogue's last turn is empty")
-    preferences = Preferences(name, empty=len(rows) - len(kept))
-    plain = [plain_row for number, row in kept for plain_row in _plain_rows(row, number, name, kto)]
+    plain = [_plain_row(row, number, name, kto) for number, row in kept]
+    preferences = Preferences(
+        name,
+        empty=len(rows) - len(kept),
+        rows=len(plain),
+        doubled=sum(repeats_prompt(row.prompt, row.completions) for row in plain),
+        swapped=sum(looks_swapped(row.prompt, row.completions) for row in plain),
+    )
+    if kto:
+        plain = [half for row in plain for half in row.halves()]
     conversational = not isinstance(plain[0].prompt, str)
     for row in plain:
         if isinstance(row.prompt, str) == conversational:
@@ -140,8 +179,17 @@ class _Row:
     desirable: bool | None
     template: dict[str, Any]
 
+    def halves(self) -> list[_Row]:
+        """A pair as two judged rows; a judged row as it is."""
+        if self.desirable is not None:
+            return [self]
+        return [
+            replace(self, completions=(completion,), desirable=desirable)
+            for completion, desirable in zip(self.completions, (True, False), strict=True)
+        ]
 
-def _plain_rows(row: Any, number: int, name: str, kto: bool) -> list[_Row]:
+
+def _plain_row(row: Any, number: int, name: str, kto: bool) -> _Row:
     if not isinstance(row, dict):
         raise InputError(f"{name} row {number} must be an object, got {type(row).__name__}")
     where = f"{name} row {number}"
@@ -150,18 +198,18 @@ def _plain_rows(row: Any, number: int, name: str, kto: bool) -> list[_Row]:
     if row.keys() >= set(PAIR):
         prompt, chosen, rejected = _explicit(row, where)
         _check_row(prompt, {"chosen": chosen, "rejected": rejected}, where)
-        if kto:
-            return [_Row(number, prompt, (chosen,), True, template), _Row(number, prompt, (rejected,), False, template)]
-        return [_Row(number, prompt, (chosen, rejected), None, template)]
+        return _Row(number, prompt, (chosen, rejected), None, template)
     if not kto or not row.keys() >= {"prompt", *JUDGED}:
         wanted = "`prompt`, `completion` and `label`, or `chosen` and `rejected`" if kto else "`chosen` and `rejected`"
         hint = "; judged rows are for loss_type kto" if not kto and row.keys() >= set(JUDGED) else ""
         raise InputError(f"{where} must have {wanted}, got {', '.join(map(repr, row)) or 'no columns'}{hint}")
     label = row["label"]
+    label = LABELS.get(label.strip().lower(), label) if isinstance(label, str) else label
     if not isinstance(label, (bool, np.bool_)) and label not in (0, 1):
         raise InputError(f"{where}: `label` must be true or false, got {label!r}")
+    check_turns({"completion": row["completion"]}, where)
     _check_row(row["prompt"], {"completion": row["completion"]}, where)
-    return [_Row(number, row["prompt"], (row["completion"],), bool(label), template)]
+    return _Row(number, row["prompt"], (row["completion"],), bool(label), template)
 
 
 def _ends_silent(row: Any) -> bool:
@@ -200,6 +248,7 @@ def _explicit(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
         )
     prompt = row.get("prompt")
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
+        check_turns({"chosen": chosen, "rejected": rejected}, where)
         return prompt, chosen, rejected
     if prompt is not None and isinstance(chosen, str):
         raise InputError(f"{where}: `prompt` is messages, so `chosen` and `rejected` must be messages, got text")
@@ -244,21 +293,6 @@ def _check_messages(messages: list[Any], column: str, where: str) -> None:
 
 def _has_text(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else any(message["content"] for message in value)
-
-
-def _check_scores(rows: list[Any], name: str) -> None:
-    """Datasets that come with scores show whether chosen and rejected were swapped."""
-    scored = [
-        (row["score_chosen"], row["score_rejected"])
-        for row in rows
-        if isinstance(row, dict) and None not in (row.get("score_chosen"), row.get("score_rejected"))
-    ]
-    lower = sum(chosen < rejected for chosen, rejected in scored)
-    if lower > len(scored) / 2:
-        raise InputError(
-            f"{name}: score_chosen is below score_rejected in {lower} of {len(scored)} rows; are `chosen` and "
-            "`rejected` swapped?"
-        )
 
 
 def _tokenise(rows: list[_Row], conversational: bool, tokenizer: Any, name: str) -> Iterator[Example]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from essa.config import InputError
+from essa.rows import read_rows
 from essa.trdpo.batches import Collator
 from essa.trdpo.data import read_preferences
 
@@ -139,6 +140,52 @@ def test_dialogues_without_a_last_turn_are_left_out(tokenizer, caplog):
     assert "left out 2 dialogues whose last turn is empty" in caplog.text
 
 
+ASKED = {"prompt": "What is 1+1?", "chosen": " 2, of course.", "rejected": " 3, I think."}
+HELD = {column: "What is 1+1?" * (column != "prompt") + text for column, text in ASKED.items()}
+
+
+@pytest.mark.parametrize(
+    ("row", "warning"),
+    [
+        (HELD, "in 2 of 3 rows the completions begin with their prompt"),
+        ({**HELD, "prompt": "What is 1+1?\n"}, "in 2 of 3 rows the completions begin with their prompt"),
+        ({**ASKED, "prompt": ASKED["chosen"], "chosen": ASKED["prompt"]}, "in 2 of 3 rows `chosen` looks more like"),
+        ({**HELD, "prompt": HELD["chosen"], "chosen": HELD["prompt"]}, "in 2 of 3 rows `chosen` looks more like"),
+        (ASKED, None),
+        ({**ASKED, "rejected": ASKED["prompt"]}, None),
+        ({**ASKED, "prompt": "Yes or no?", "chosen": "Yes", "rejected": "No"}, None),
+        ({**ASKED, "chosen": "Which 1?", "rejected": "Which ones?"}, None),
+        ({"chosen": "1+1+1+1=4", "rejected": "1+1+1+1=3"}, None),
+    ],
+)
+@pytest.mark.parametrize("kto", [False, True])
+def test_columns_that_do_not_look_like_their_names(row, warning, kto, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        read([PAIR, row, row], tokenizer, kto=kto).report()
+    assert (warning in caplog.text) if warning else not caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        read([PAIR, PAIR, row], tokenizer, kto=kto).report()
+    assert not caplog.text, "one row may look like anything"
+
+
+def test_judged_rows_that_hold_their_prompt(tokenizer, caplog):
+    rows = [{"prompt": "?1=", "completion": f"?1={digit}", "label": digit == 1} for digit in range(3)]
+    with caplog.at_level(logging.WARNING):
+        read(rows, tokenizer, kto=True).report()
+    assert "in 3 of 3 rows the completions begin with their prompt" in caplog.text
+
+
+def test_labels_and_scores_from_csv(tokenizer, tmp_path):
+    texts = ["True", "FALSE", "true", " false", "1", "0"]
+    lines = ["prompt,completion,label", *(f"?1=,12,{text}" for text in texts)]
+    (tmp_path / "judged.csv").write_text("\n".join(lines))
+    rows = read(read_rows(str(tmp_path / "judged.csv")), tokenizer, kto=True)
+    assert [example.desirable for example in rows] == [True, False] * 3
+    (tmp_path / "scored.csv").write_text("prompt,chosen,rejected,score_chosen,score_rejected\n?1=,12,3,10,9\n")
+    read(read_rows(str(tmp_path / "scored.csv")), tokenizer)
+
+
 def test_what_is_counted_and_reported(tokenizer, caplog):
     rows = [PAIR, {**PAIR, "rejected": "12"}, {**PAIR, "chosen": "1234567"}]
     preferences = read(rows, tokenizer, max_length=8)
@@ -174,6 +221,10 @@ def test_what_is_counted_and_reported(tokenizer, caplog):
         ([{"chosen": "abc", "rejected": "xyz"}], False, "do not begin alike"),
         ([{**PAIR, "score_chosen": 1.0, "score_rejected": 2.0}], False, "`chosen` and `rejected` swapped"),
         ([{**JUDGED, "label": "12", "completion": True}], True, "`label` must be true or false, got '12'"),
+        ([{**JUDGED, "label": "yes"}], True, "`label` must be true or false, got 'yes'"),
+        ([{**PAIR, "chosen": HH_HEAD + " 4"}], False, "`chosen` begins with .*does it repeat the prompt"),
+        ([{"prompt": HH_HEAD, "chosen": " 4", "rejected": HH_HEAD}], False, "`rejected` begins with .*swapped"),
+        ([{**JUDGED, "completion": HH_HEAD + " 4"}], True, "`completion` begins with"),
         ([JUDGED, JUDGED], True, "kto needs rows of both labels, but every label is True"),
         ([PAIR, {**PAIR, "prompt": "?" + "1" * 30}], False, "row 1: the prompt has 31 tokens, which leaves nothing of"),
     ],
