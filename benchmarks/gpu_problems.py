@@ -190,6 +190,15 @@ def svd_lora_linear(a: Adapter) -> Problem:
     return with_base_layer(a, svd_lora(a), make)
 
 
+def svd_lora_expand_linear(a: Adapter) -> Problem:
+    def make(device: str) -> Call:
+        operands = (a.x(device), a.weight(device), a.h(device), a.factors(device)[2])
+        return lambda backend: essa_kernels.svd_lora_expand_linear(*operands, backend=backend)
+
+    problem = with_base_layer(a, svd_lora_expand(a), make)
+    return dataclasses.replace(problem, moved=problem.moved + a.bytes_of(x=1))
+
+
 def lora_perturbed_linear(a: Adapter, distribution: str) -> Problem:
     def make(device: str) -> Call:
         x, weight, members, offsets = (
@@ -360,6 +369,7 @@ def problems(shrink: int = 1) -> dict[str, list[Problem]]:
         "linear_logprob": [linear_logprob(head, slopes=slopes) for head in heads for slopes in (False, True)],
         "linear_logprob_backward": [linear_logprob_backward(head) for head in heads],
         "svd_lora_linear": [svd_lora_linear(adapter) for adapter in adapters],
+        "svd_lora_expand_linear": [svd_lora_expand_linear(adapter) for adapter in adapters],
         "lora_perturbed_linear": [lora_perturbed_linear(adapter, d) for adapter in (few, many) for d in DISTRIBUTIONS],
         "lowrank_perturbed_linear": [
             lowrank_perturbed_linear(adapter, d) for adapter in rank_one for d in DISTRIBUTIONS
