@@ -81,7 +81,7 @@ def with_shared_shrink(group: Group, x: Tensor, offsets: Tensor) -> list[Tensor]
     return outputs
 
 
-def with_shared_shrink_and_expand_linear(group: Group, x: Tensor, offsets: Tensor) -> list[Tensor]:
+def with_expand_linear(group: Group, x: Tensor, offsets: Tensor) -> list[Tensor]:
     return [
         essa_kernels.svd_lora_expand_linear(x, p.weight, h, p.u_b)
         for p, h in zip(group.projections, shared_shrink(group, x, offsets), strict=True)
@@ -136,7 +136,7 @@ PERTURBING = {
 METHODS: dict[str, Method] = {
     f"svd_lora, rank {RANK}, after each layer": with_svd_lora,
     f"svd_lora_shrink, rank {RANK}, once for q, k, v and for gate, up": with_shared_shrink,
-    f"svd_lora_shrink, rank {RANK}, likewise, svd_lora_expand_linear in place of each layer": with_shared_shrink_and_expand_linear,
+    f"svd_lora_shrink, rank {RANK}, likewise, svd_lora_expand_linear in place of each layer": with_expand_linear,
     f"svd_lora_linear, rank {RANK}, in place of each layer": with_svd_lora_linear,
     **{f"{name}, {d}": partial(way, distribution=d) for name, way in PERTURBING.items() for d in DISTRIBUTIONS},
 }
