@@ -22,6 +22,7 @@ from essa.config import InputError
 from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base, lora_config
 from essa.recorded import resume_command
+from essa.trdpo.checkpoints import whole_checkpoints
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.settings import NEW_ADAPTER, CommandSettings
 from essa.trdpo.trainer import TRDPOTrainer, check_attention
@@ -115,7 +116,7 @@ def run_trdpo(
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         step = trainer.state.global_step
-        if _checkpoints(folder):
+        if whole_checkpoints(folder):
             say(f"Stopped after step {step}; resume with `{resume_command('trdpo', folder, command)}`")
         else:
             (folder / COMMAND_FILE).unlink()
@@ -172,16 +173,11 @@ def _refuse_changes(folder: Path, command: dict[str, Any]) -> None:
         raise InputError(f"the run in {str(folder)!r} cannot be resumed with other options: " + "; ".join(changed))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those that were written whole: the trainer's state is the last file."""
-    return [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-
-
 def _last_checkpoint(folder: Path) -> str:
-    whole = _checkpoints(folder)
+    whole = whole_checkpoints(folder)
     if not whole:
         raise InputError(f"no checkpoint to resume in {str(folder)!r}; its run was to save one every save_steps steps")
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+    return str(whole[-1])
 
 
 class _Lines(TrainerCallback):

@@ -19,6 +19,7 @@ from essa.config import InputError
 from essa.models import bare, check_model, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
 from essa.trdpo.batches import Collator
+from essa.trdpo.checkpoints import step_of, whole_checkpoints
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.data import Preferences, read_preferences
 from essa.trdpo.logprobs import install, sequence_sums, token_logps
@@ -122,7 +123,8 @@ class TRDPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.reference = MovingReference(self.model, ref_model)
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self.add_callback(_MoveReference(self.reference, args))
+        self._batches: list[dict[str, Tensor]] = []
+        self.add_callback(_Steps(self))
         if args.precompute_ref_log_probs:
             self._precompute(train)
             for dataset in self._evaluation_sets():
@@ -199,25 +201,40 @@ class TRDPOTrainer(Trainer):
         else:
             loss = losses.dpo(ratios[:, 0], ratios[:, 1], args.beta, args.label_smoothing).mean()
         if not torch.isfinite(loss):
-            raise InputError(self._not_finite(loss, inputs))
+            raise self._not_finite(f"the loss is {loss.item()} at", self.state.global_step + 1, [inputs])
         with torch.no_grad():
             self._keep(inputs, tokens.detach(), reference_tokens, policy.detach(), ratios.detach())
             if self._kto:
                 self._add("kl/mismatched", kl, 1)
         return (loss, {"logps": policy}) if return_outputs else loss
 
-    def _not_finite(self, loss: Tensor, inputs: dict[str, Tensor]) -> str:
-        saved = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    def _not_finite(self, what: str, step: int, batches: list[dict[str, Tensor]]) -> InputError:
+        """The error that stops a run which has nothing finite to go on from; what it saved so far is finite."""
+        saved = [path for path in whole_checkpoints(str(self.args.output_dir)) if step_of(path) < step]
         resume = f"; the last checkpoint is {str(saved[-1])!r}" if saved else ""
-        return (
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}, for rows {inputs['rows'].tolist()} of the "
-            f"dataset; learning_rate {self.args.learning_rate!r} may be too high{resume}"
+        rows = [row for batch in batches for row in batch["rows"].tolist()]
+        return InputError(
+            f"{what} step {step}, for rows {rows} of the dataset; learning_rate {self.args.learning_rate!r} may be too "
+            f"high{resume}"
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def check_gradients(self) -> None:
+        """Raise `InputError` if the step that is about to be taken is along a gradient that is not finite."""
+        # Under float16 an infinite gradient is the loss scaler's business: it leaves the step out.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not self.args.fp16 and not _finite(gradients):
+            raise self._not_finite("the gradient is not finite at", self.state.global_step + 1, self._batches)
+
+    def check_weights(self) -> None:
+        """Raise `InputError` if the last step left weights that are not finite, which are not to be saved."""
+        if not _finite([p.detach() for p in self.model.parameters() if p.requires_grad]):
+            raise self._not_finite("the weights are not finite after", self.state.global_step, self._batches)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward, in the layout of the batches: gradient checkpointing runs the layers again."""
+        self._batches.append(inputs)
         with self._layout():
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -307,6 +324,7 @@ class TRDPOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; afterwards output_dir holds the report."""
         output = super().train(*args, **kwargs)
+        self.check_weights()
         if self.args.report and self.is_world_process_zero():
             from essa.trdpo.report import write_report
 
@@ -314,6 +332,7 @@ class TRDPOTrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()
         if self.args.should_save:
             # Before the rest: a folder that has a trainer state has everything.
             self.reference.save(
@@ -372,14 +391,26 @@ SHOWN = frozenset(
 )
 
 
-class _MoveReference(TrainerCallback):
-    def __init__(self, reference: MovingReference, args: TRDPOConfig) -> None:
-        self._reference, self._steps = reference, args.ref_model_sync_steps
-        self._alpha, self._moves = args.alpha, args.ref_update != "none"
+class _Steps(TrainerCallback):
+    """What an optimiser step needs before and after it."""
+
+    def __init__(self, trainer: TRDPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._batches.clear()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._moves and state.global_step % self._steps == 0:
-            self._reference.update(self._alpha, state.global_step)
+        if args.ref_update != "none" and state.global_step % args.ref_model_sync_steps == 0:
+            self._trainer.check_weights()
+            self._trainer.reference.update(args.alpha, state.global_step)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def check_attention(implementation: str | None, device: torch.device) -> None:

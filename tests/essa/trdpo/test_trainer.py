@@ -242,18 +242,57 @@ def test_a_given_reference_and_a_hub_dataset(make, seed):
     assert abs(first["rewards/margins"]) > 1e-3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(make, tmp_path, seed):
-    class Spoil(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 5:
-                next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+class Spoil(TrainerCallback):
+    """Makes a weight, or the gradient, NaN at a step."""
 
-    trainer = make(save_strategy="steps", save_steps=4, callbacks=[Spoil()])
-    with pytest.raises(InputError, match=r"loss is nan at step 6, for rows \[\d+, \d+, \d+, \d+\].*checkpoint-4'"):
+    def __init__(self, event, step):
+        self._step, self._gradient = step, event == "on_pre_optimizer_step"
+        setattr(self, event, self._spoil)
+
+    def _spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self._step:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            (parameter.grad if self._gradient else parameter.data).view(-1)[-1] = torch.nan
+
+
+ROWS = r"for rows \[\d+, \d+, \d+, \d+\]"
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "message"),
+    [
+        ("on_step_end", 5, "the loss is nan at step 6, "),
+        ("on_step_end", 4, "the weights are not finite after step 4, "),
+        ("on_step_end", 3, "the weights are not finite after step 3, "),
+        ("on_step_end", 8, "the weights are not finite after step 8, "),
+        ("on_pre_optimizer_step", 3, "the gradient is not finite at step 4, "),
+    ],
+    ids=["between", "save", "move", "last", "gradient"],
+)
+def test_what_is_not_finite_stops_the_run_names_the_batch_and_is_not_saved(make, tmp_path, seed, event, step, message):
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    moving = {"ref_model_sync_steps": 3 if step == 3 else 100}
+    trainer = make(callbacks=[Spoil(event, step)], **saving, **moving)
+    last = 4 if step == 5 else 6 if step == 8 else 2
+    with pytest.raises(InputError, match=rf"{message}{ROWS}.* the last checkpoint is '.*checkpoint-{last}'"):
         trainer.train()
-    resumed = make(save_strategy="steps", save_steps=4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{last}"]
+    assert all(tensor.isfinite().all() for tensor in trainer.reference.weights().values())
+    resumed = make(**saving, **moving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{last}"))
     assert resumed.state.global_step == 8
+    assert all(tensor.isfinite().all() for tensor in resumed.model.parameters())
+
+
+def test_all_batches_of_a_step_are_named(make, seed):
+    trainer = make(callbacks=[Spoil("on_pre_optimizer_step", 1)], gradient_accumulation_steps=2)
+    with pytest.raises(InputError, match=r"step 2, for rows \[(\d+, ){7}\d+\] of the dataset; learning_rate 0.005 may"):
+        trainer.train()
+
+
+def test_weights_that_end_up_not_finite_are_not_the_result(make, seed):
+    with pytest.raises(InputError, match="the weights are not finite after step 8"):
+        make(callbacks=[Spoil("on_step_end", 8)], ref_update="none").train()
 
 
 @pytest.mark.parametrize(
