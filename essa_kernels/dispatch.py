@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
+from .tl import config
+
 LEAST_TRITON = "3.4"
 LEAST_TRITON_TO_INTERPRET = "3.9"  # older interpreters round twice in a fused multiply-add
 
@@ -74,9 +76,8 @@ PREFERENCE = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-# A few rows are bound by the launch, which the CUDA kernels keep to one; more than these are a matrix product, and
-# Triton's kernels have it done by tensor cores.
-DECODE_ROWS = 64
+# A few rows are bound by the launch, which the CUDA kernels keep to one; more than `cuda_kernels` in tl/configs.json says
+# are a matrix product, and Triton's kernels have it done by tensor cores.
 PREFERENCE_BEYOND_DECODE = {"cuda": ("triton", "cuda", "reference")}
 
 
@@ -164,7 +165,7 @@ def _triton_unavailable(device_type: str) -> str | None:
 def resolve(
     op: str, device: torch.device, backend: str | None = None, beyond_decode: bool = False
 ) -> Callable[..., None]:
-    """The function that computes ``op`` for tensors on ``device``, which may be more than `DECODE_ROWS` rows.
+    """The function that computes ``op`` for tensors on ``device``, which may be beyond the rows of decoding.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
@@ -238,11 +239,17 @@ def explain(op: str | None = None) -> Explanation:
             lines.append(f"  {device_type} tensors:")
             lines += _explain_backends(name, device_type, backends)
             if OPS[name][0] in ("svd_lora", "lora_perturbed") and device_type in PREFERENCE_BEYOND_DECODE:
-                lines.append(f"  {device_type} tensors of more than {DECODE_ROWS} rows:")
+                lines.append(f"  {device_type} tensors of more than {_decode_rows()} rows:")
                 lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
         if name in CHOICES:
             lines.append(CHOICES[name])
     return Explanation("\n".join(lines))
+
+
+def _decode_rows() -> int:
+    """Of this machine's GPU, or of others without one."""
+    arch = config.architecture(torch.device("cuda")) if torch.cuda.is_available() else "default"
+    return config.most_rows(arch, "cuda_kernels")
 
 
 def _explain_backends(op: str, device_type: str, backends: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import essa_kernels.dispatch
-import essa_kernels.nn.weights
+import essa_kernels.nn.model_weights
 
 if torch.cuda.is_available():
     pytest.skip("the GPUs are real here", allow_module_level=True)
@@ -140,7 +140,7 @@ def pretended(monkeypatch):
         return Tensor if isinstance(value, OnGPU) else type(value)
 
     monkeypatch.setattr(essa_kernels.dispatch, "resolve", on_cpu)
-    for module in (essa.models, essa_kernels.nn.weights):  # they tell plain tensors from quantised ones
+    for module in (essa.models, essa_kernels.nn.model_weights):  # they tell plain tensors from quantised ones
         monkeypatch.setattr(module, "type", type_of, raising=False)
     monkeypatch.setattr(torch, "tensor", there)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)

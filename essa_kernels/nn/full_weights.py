@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import NoiseKey, es_update_, perturb_
+from .model_weights import check_bare, check_floating, named_text_weights
 from .parametrization import Perturbed
 from .population import Attaching, Population
-from .weights import Weights, check_bare, check_floating, named_text_weights
+from .weights import Weights
 
 
 class FullWeights(Attaching, Weights):

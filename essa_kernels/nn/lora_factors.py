@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import NoiseKey, es_update_, lora_perturbed
+from .. import NoiseKey, es_update_, lora_perturbed, lora_perturbed_linear
 from .adapter_folder import write_adapter_folder
+from .fused import fused_rows_of_base, is_fused
 from .lora_layers import check_active, find_lora_layers
 from .parametrization import Perturbed, member_ids, point_of
 from .population import Attaching, Forward, Population
@@ -113,10 +114,13 @@ class LoRAFactors(Attaching):
         ids, base_layer, offsets_for = member_ids(members, a.device), module.base_layer, population.offsets_for
         key = members.key.at(site=members.key.site + 2 * position)
         options = {"scaling": module.scaling[self._adapter_name], "distribution": self._distribution}
+        rows = fused_rows_of_base(base_layer)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = base_layer(x, *args, **kwargs)
             noise = (key, members.sigma, ids, offsets_for(x))
+            if rows and is_fused(base_layer, x, rows):
+                return lora_perturbed_linear(x, base_layer.weight, a, b, *noise, base_layer.bias, **options)
+            y = base_layer(x, *args, **kwargs)
             if y.dtype is x.dtype:
                 return lora_perturbed(x, a, b, *noise, y=y, **options)
             return y.add_(lora_perturbed(x, a, b, *noise, **options))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .weights import named_text_weights, of_routed_experts
+from .model_weights import named_text_weights, of_routed_experts
 
 MAKE_ONE = "make one with peft.get_peft_model(model, peft.LoraConfig(...)) and train it, or with `essa sft`"
 

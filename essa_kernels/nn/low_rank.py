@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import NoiseKey, lowrank_perturbed, lowrank_update_
+from .. import NoiseKey, lowrank_perturbed, lowrank_perturbed_linear, lowrank_update_
+from .fused import fused_rows, is_fused
+from .model_weights import check_bare, check_floating, named_text_weights, of_routed_experts
 from .parametrization import Perturbed, member_ids
 from .population import Attaching, Forward, Population, own_forward
-from .weights import Weights, check_bare, check_floating, named_text_weights, of_routed_experts
+from .weights import Weights
 
 
 class LowRankNoise(Attaching, Weights):
@@ -72,14 +74,17 @@ class LowRankNoise(Attaching, Weights):
         """As in `Parametrization`."""
         lowrank_update_(tensors, key, weights, **self._options)
 
-    def _forward(self, position: int, module: nn.Module, members: Perturbed, population: Population) -> Forward:
+    def _forward(self, position: int, module: Any, members: Perturbed, population: Population) -> Forward:
         d_out, device = self.parameters[position].shape[0], self.parameters[position].device
         key, ids = members.key.at(site=members.key.site + 2 * position), member_ids(members, device)
         linear, offsets_for, options = own_forward(module), population.offsets_for, self._options
+        rows = fused_rows(module)
 
         def forward(x: Tensor) -> Tensor:
-            y = linear(x)
             noise = (key, members.sigma, ids, offsets_for(x))
+            if rows and is_fused(module, x, rows):
+                return lowrank_perturbed_linear(x, module.weight, *noise, module.bias, **options)
+            y = linear(x)
             if y.dtype is x.dtype:
                 return lowrank_perturbed(x, d_out, *noise, y=y, **options)
             return y.add_(lowrank_perturbed(x, d_out, *noise, **options))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import svd_lora, svd_lora_expand_, svd_lora_shrink
+from .. import svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
 from .factors import Factors
+from .fused import fused_rows_of_base, is_fused
 
 # Layers of one module that its forward gives the same tensor.
 SHARED_INPUT = (
@@ -159,7 +160,7 @@ class Projections:
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         self.layers = layers
         self.core = torch.block_diag(*(layer.factors.core for layer in layers))
-        self.ranks_b = [layer.factors.core.shape[0] for layer in layers]
+        self.ranges = _ranges([layer.factors.core for layer in layers])
         self._casts: Casts | None = None
 
     def casts(self, device: torch.device) -> Casts:
@@ -206,7 +207,7 @@ class Shrink:
         self.offsets_for = population.offsets_for
         self.casts = projections.casts(device)
         self.core, self.s_a, self.s_b = core, s_a, s_b
-        self.ranks_b = projections.ranks_b
+        self.ranges = projections.ranges
         self.x: Tensor | None = None
         self.offsets: Tensor | None = None
         self.version: int | None = None
@@ -226,8 +227,17 @@ class Shrink:
     def _compute(self, x: Tensor, offsets: Tensor) -> None:
         v_a, _ = self.casts[x.dtype]
         h = svd_lora_shrink(x, v_a, self.core, self.s_a, self.s_b, offsets)
-        self.h = dict(enumerate(h.split(self.ranks_b, 1)))
+        self.h = {position: h[:, of_b] for position, (_, of_b) in enumerate(self.ranges)}
         self.x, self.offsets, self.version = x, offsets, _version(x)
+
+
+def _ranges(cores: Sequence[Tensor]) -> list[tuple[slice, slice]]:
+    """Where the ranks of A and of B of each core are in the block-diagonal one."""
+    ranges, end_a, end_b = [], 0, 0
+    for core in cores:
+        start_a, start_b, end_a, end_b = end_a, end_b, end_a + core.shape[1], end_b + core.shape[0]
+        ranges.append((slice(start_a, end_a), slice(start_b, end_b)))
+    return ranges
 
 
 def _version(x: Tensor) -> int | None:
@@ -237,8 +247,12 @@ def _version(x: Tensor) -> int | None:
 
 def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forward:
     casts, take = shrink.casts, shrink.take
+    rows = fused_rows_of_base(base_layer)
+    fused = fused_forward(base_layer, shrink, position) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if fused and is_fused(base_layer, x, rows):
+            return fused(x)
         y = base_layer(x, *args, **kwargs)
         _, u_b = casts[y.dtype]
         return svd_lora_expand_(y, take(position, x), u_b[position])
@@ -248,14 +262,34 @@ def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forw
 
 def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Forward:
     casts, core, s_a, s_b, offsets_for = shrink.casts, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
+    rows = fused_rows_of_base(base_layer)
+    fused = fused_forward(base_layer, shrink, 0) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if fused and is_fused(base_layer, x, rows):
+            return fused(x)
         y = base_layer(x, *args, **kwargs)
         v_a, (u_b,) = casts[x.dtype]
         if y.dtype is x.dtype:
             return svd_lora(x, v_a, core, u_b, s_a, s_b, offsets_for(x), y)
         h = svd_lora_shrink(x, v_a, core, s_a, s_b, offsets_for(x))
         return svd_lora_expand_(y, h, casts[y.dtype][1][0])
+
+    return forward
+
+
+def fused_forward(base_layer: Any, shrink: Shrink, position: int) -> Callable[[Tensor], Tensor]:
+    """One projection and its base layer in one kernel, which makes its own h."""
+    casts, offsets_for, (of_a, of_b) = shrink.casts, shrink.offsets_for, shrink.ranges[position]
+    core, s_a, s_b = shrink.core[of_b, of_a], shrink.s_a[:, of_a], shrink.s_b[:, of_b]
+    spectra = core.contiguous(), s_a.contiguous(), s_b.contiguous()
+
+    def forward(x: Tensor) -> Tensor:
+        v_a, u_b = casts[x.dtype]
+        own_core, own_s_a, own_s_b = spectra
+        return svd_lora_linear(
+            x, base_layer.weight, v_a[of_a], own_core, u_b[position], own_s_a, own_s_b, offsets_for(x), base_layer.bias
+        )
 
     return forward
 

@@ -67,36 +67,3 @@ class Weights:
                 tokenizer.save_pretrained(str(folder))
 
         write_folder(Path(output_dir), fill)
-
-
-def named_text_weights(model: Any) -> list[tuple[str, Tensor]]:
-    """The weights that text goes through, sorted by name. No reward would tell of a multimodal model's others: they would
-    drift."""
-    parameters = sorted(model.named_parameters())
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None:
-        return parameters
-    head = model.get_output_embeddings()
-    of_text = {id(weight) for part in (decoder, head) if part is not None for weight in part.parameters()}
-    return [(name, weight) for name, weight in parameters if id(weight) in of_text]
-
-
-def of_routed_experts(name: str) -> bool:
-    """Whether a module or parameter of this dotted name belongs to routed experts, each of which sees rows of its own."""
-    return "experts" in name.split(".")
-
-
-def check_floating(name: str, weight: Tensor) -> None:
-    """Raise unless a weight is a plain floating-point tensor, which noise can be added to."""
-    if type(weight.data) is not Tensor or not weight.is_floating_point():
-        kind = str(weight.dtype) if type(weight.data) is Tensor else type(weight.data).__name__
-        raise ValueError(f"{name}: its weight must be a plain floating-point tensor, got {kind} (quantised?)")
-
-
-def check_bare(model: Any) -> None:
-    """Raise if the model carries an adapter, whose share these weights do not hold."""
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"model must carry no adapter, {type(model).__name__} has {', '.join(map(repr, model.peft_config))}; "
-            f"merge it first: model.merge_and_unload()"
-        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, SITE_END, NoiseKey
+from ..tl import config
 
 LIBRARY = torch.library.Library("essa", "DEF")  # a tenth of custom_op's cost per call
 
@@ -242,8 +243,10 @@ def rows_of_y(op: str, y: Tensor) -> Tensor:
 
 
 def beyond_decode(rows: Tensor) -> bool:
-    """Whether x or y has more rows than the kernels for decoding are made for."""
-    return rows.numel() > dispatch.DECODE_ROWS * rows.shape[-1] if rows.dim() else False
+    """Whether x or y has more rows than the kernels for decoding, a GPU's, are made for."""
+    if not rows.is_cuda or not rows.dim():
+        return False
+    return rows.numel() > config.most_rows(config.architecture(rows.device), "cuda_kernels") * rows.shape[-1]
 
 
 def check_members(op: str, members: Tensor) -> None:

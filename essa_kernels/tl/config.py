@@ -1,5 +1,8 @@
 """Block shapes and launch parameters, as data: `configs.json` holds a default and what differs per architecture.
 
+Two entries say what serves a batch of few rows: `cuda_kernels`, the CUDA kernels where Triton's exist too, and
+`fused_layers`, kernels that compute a layer together with what a population adds to it.
+
 Nothing is tuned unless asked for (`tune.py`), so a result never depends on what was measured when. "cpu" is Triton's
 interpreter, where few large programs are fastest.
 """
@@ -42,6 +45,11 @@ def config_of(arch: str, kernel: str) -> dict[str, int]:
     if parameters is None:
         parameters = IN_USE[arch, kernel] = CONFIGS["default"][kernel] | CONFIGS.get(arch, {}).get(kernel, {})
     return parameters
+
+
+def most_rows(arch: str, choice: str) -> int:
+    """Up to how many rows something serves an architecture that larger batches have done otherwise."""
+    return (CONFIGS["default"][choice] | CONFIGS.get(arch, {}).get(choice, {}))["max_rows"]
 
 
 def use(configs: Configs) -> None:
