@@ -4,8 +4,8 @@
 
 A random model of 0.5 B shapes in bfloat16, a thread to a worker; CMA-ES with a chunk of sequences for each of several
 rounds. The first generation of a run is left out: workers load and kernels get warm in it. The driver's share is its
-own processor time during the other generations against their duration. The plan is made from rates measured in this
-process, on one thread.
+own processor time during the other generations against their duration. The plan is that of `essa plan --gpu measure`, run
+before.
 
 Bytes do not depend on the model, for nothing of it crosses the network: those of a run of ESSA's size, 96 members x 100
 prompts, are measured on the demo's model, with rewards of 0 and 1 and with rewards of seventeen digits.
@@ -20,6 +20,8 @@ import random
 import statistics
 import tempfile
 import time
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from essa import ESSAConfig, ESSATrainer
 from essa.checkpoint import Run
 from essa.demo.warm_start import BASE_MODEL
 from essa.models import ModelSource, load_base
-from essa.plan import Job, generation_seconds, measure_rates
 from transformers import TrainerCallback
 
 from benchmarks.memory import build, no_reward, with_lora
@@ -113,17 +114,28 @@ def traffic(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def rates(folder: Path) -> Any:
-    model, tokenizer = ModelSource(str(folder / "model"), str(folder / "adapter"), device="cpu").load()
-    from essa_kernels.nn import SVDLoRA
-
-    return measure_rates(
-        model, tokenizer, prompts()[0]["prompt"], ROWS, space=SVDLoRA.from_peft(model), steps=NEW_TOKENS
-    )
+def plan(folder: Path) -> dict[str, Any]:
+    """What the command says, from rates it measures itself."""
+    options = {
+        "model_name_or_path": folder / "model",
+        "adapter": folder / "adapter",
+        "gpu": "measure",
+        "gpus": 2,
+        "population_size": MEMBERS,
+        "prompts_per_generation": PROMPTS,
+        "prompt_tokens": WORDS,
+        "max_new_tokens": NEW_TOKENS,
+        "row_budget": ROWS,
+    }
+    command = [sys.executable, "-m", "essa.cli", "plan"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(results: dict[str, Any]) -> str:
-    job = Job(MEMBERS, PROMPTS, WORDS, NEW_TOKENS)
+    seconds_on = {line["workers"]: line["seconds"] for line in results["plan"]["scaling"]}
     alone = statistics.median(results["runs"][1]["seconds"])
     lines = [
         (
@@ -139,7 +151,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     for run in results["runs"]:
         median = statistics.median(run["seconds"])
-        planned = generation_seconds(job, results["rates"], ROWS, max(1, run["workers"]))
+        planned = seconds_on[max(1, run["workers"])]
         name = str(run["workers"] or "0 (in this process)")
         lines.append(
             f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
@@ -171,10 +183,9 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "model")
         with_lora(model).save_pretrained(folder / "adapter")
         del model
-        results: dict[str, Any] = {"rates": rates(folder), "runs": [measure(folder, workers) for workers in (0, 1, 2)]}
+        results: dict[str, Any] = {"plan": plan(folder), "runs": [measure(folder, workers) for workers in (0, 1, 2)]}
         results["traffic"] = traffic(folder)
         text = table(results)
-    results["rates"] = vars(results["rates"])
     RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(text)
     print(text)

@@ -537,6 +537,31 @@ def plan(
     ] = None,
     population_size: Annotated[int, typer.Option("--population_size", help="Members.", min=2)] = 96,
     prompts_per_generation: Annotated[
+    prefill_tokens_per_second: Annotated[
+        float | None,
+        typer.Option(
+            "--prefill_tokens_per_second",
+            help="Prompt tokens a second that a worker reads with a full chunk, where you know it better than the data "
+            "sheet. Needs --decode_step_seconds.",
+        ),
+    ] = None,
+    decode_step_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--decode_step_seconds",
+            help="Seconds in which a worker adds one token to every sequence of a full chunk; smaller chunks are taken to "
+            "need as long. Needs --prefill_tokens_per_second.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter", help="LoRA adapter that --gpu measure runs with. Default: a new one like `essa sft`'s."
+        ),
+    ] = None,
+    threads_per_worker: Annotated[
+        int, typer.Option("--threads_per_worker", help="CPU threads that --gpu measure runs on.", min=1)
+    ] = ESSAConfig.threads_per_worker,
         int, typer.Option("--prompts_per_generation", help="Prompts that every member answers.", min=1)
     ] = 64,
     prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", help="Longest prompt, in tokens.", min=1)] = 256,
@@ -577,6 +602,10 @@ def plan(
     _print_table({name: value for name, value in result.items() if name != "scaling"})
     _print_rows(result["scaling"])
     typer.echo(json.dumps(result))
+        prefill_tokens_per_second=prefill_tokens_per_second,
+        decode_step_seconds=decode_step_seconds,
+        adapter=adapter,
+        threads_per_worker=threads_per_worker,
 
 
 @_command()

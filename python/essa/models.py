@@ -279,7 +279,12 @@ def adapter_name(model: Any) -> str:
 
 def context_length(model: Any) -> int | None:
     """The most positions the model can attend to, or None where its configuration sets no limit."""
-    config = model.config.get_text_config()
+    return context_of(model.config)
+
+
+def context_of(config: Any) -> int | None:
+    """`context_length` of a model with this configuration."""
+    config = config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None) or 0
     if trained < 1:
         return None

@@ -1,7 +1,8 @@
 """`essa plan`: what a generation will take on how many workers, on paper.
 
-All the arithmetic is here. Memory comes from the model's configuration; seconds come from two rates of one worker,
-measured on it or derived from a GPU's data sheet: how long the prompts of a chunk take, and one step of decoding it.
+All the arithmetic is here. Memory comes from the model's configuration; seconds come from two rates of one worker: how long
+the prompts of a chunk take, and one step of decoding it. They are given, measured (`essa.measure`), or derived from a GPU's
+data sheet.
 
     rows        = members x prompts                      every member answers every prompt
     chunks      = ceil(rows / row_budget)
@@ -58,6 +59,7 @@ class Shape:
         active: the part of the experts that a token is routed to; all of them where the configuration does not say.
         layers, hidden, intermediate, vocabulary: sizes.
         kv: elements that one token adds to the KV cache.
+        queries: elements of a token's queries in all layers. Every layer is taken to attend to all that precedes.
     """
 
     linear: int
@@ -68,6 +70,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     kv: int
+    queries: int
     experts: int = 0
     active: float = 1.0
 
@@ -77,8 +80,12 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Of a token in all layers."""
+        """Of a token in all layers, without attention."""
         return 2.0 * (self.linear + self.active * self.experts)
+
+    def attention_flops(self, tokens: float) -> float:
+        """Of a token that attends to so many: a product with each of their keys and each of their values."""
+        return 4.0 * self.queries * tokens
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -104,6 +111,7 @@ class Shape:
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             vocabulary=head.weight.shape[0],
             kv=2 * text.num_hidden_layers * kv_heads * head_size,
+            queries=text.num_hidden_layers * heads * head_size,
             experts=sum(weight.numel() for weight in experts),
             active=min(1.0, (getattr(text, "num_experts_per_tok", None) or math.inf) / len(experts[0]))
             if experts
@@ -178,40 +186,18 @@ def rates_of_gpu(shape: Shape, job: Job, row_budget: int, gpu: str) -> Rates:
     flops, bandwidth = flops * FLOPS_REACHED, bandwidth * BANDWIDTH_REACHED
     head = 2.0 * shape.head * row_budget
     cache = shape.kv * (job.prompt_tokens + job.new_tokens / 2) * BYTES[job.dtype] * row_budget
-    prefill = (shape.flops * job.prompt_tokens * row_budget + head) / flops
+    # A prompt's tokens attend to half of it on average.
+    of_prompt_token = shape.flops + shape.attention_flops(job.prompt_tokens / 2)
+    of_new_token = shape.flops + shape.attention_flops(job.prompt_tokens + job.new_tokens / 2)
+    prefill = (of_prompt_token * job.prompt_tokens * row_budget + head) / flops
     reading = (weight_bytes(shape, job) + cache) / bandwidth
-    step = max(reading, (shape.flops * row_budget + head) / flops) + shape.layers * STEP_OVERHEAD
+    step = max(reading, (of_new_token * row_budget + head) / flops) + shape.layers * STEP_OVERHEAD
     return Rates(prefill + shape.layers * STEP_OVERHEAD, step)
 
 
-def measure_rates(
-    model: nn.Module, processing_class: Any, prompt: str, row_budget: int, *, space: Any = None, steps: int = 8
-) -> Rates:
-    """From short rollouts of one chunk on the model itself: of one token, and of `steps`.
-
-    Args:
-        space: an `SVDLoRA` of the model: every row is a member of its own. None: the model as it is.
-    """
-    from essa.rollout import generate
-
-    values = None if space is None else space.spectrum.repeat(row_budget, 1)
-    prompts = [prompt] * (row_budget if space is None else 1)
-
-    def seconds(new_tokens: int) -> float:
-        rollout = generate(
-            model,
-            processing_class,
-            prompts,
-            space=space,
-            values=values,
-            max_new_tokens=new_tokens,
-            row_budget=row_budget,
-        )
-        return rollout.seconds
-
-    seconds(1)  # kernels and caches get warm
-    prefill = min(seconds(1) for _ in range(2))
-    return Rates(prefill, max(0.0, min(seconds(steps) for _ in range(2)) - prefill) / (steps - 1))
+def rates_given(job: Job, prefill_tokens_per_second: float, decode_step_seconds: float, row_budget: int) -> Rates:
+    """From numbers of the user's: prompts take as long as they have tokens, a step as long for any number of sequences."""
+    return Rates(row_budget * job.prompt_tokens / prefill_tokens_per_second, decode_step_seconds)
 
 
 @dataclass(frozen=True)
@@ -288,6 +274,10 @@ def plan(
     row_budget: int | None,
     dtype: str,
     quantization: str,
+    prefill_tokens_per_second: float | None = None,
+    decode_step_seconds: float | None = None,
+    adapter: str | None = None,
+    threads_per_worker: int = 1,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """What `essa plan` prints.
@@ -300,11 +290,16 @@ def plan(
         gpu: one of `GPUS`, or "measure": this machine's rates, on the model itself.
         memory: GiB of a GPU; None for the data sheet's.
         row_budget: sequences to a chunk; None: a worker's share of a generation, or as many as fit.
+        prefill_tokens_per_second, decode_step_seconds: rates of a worker with a full chunk, both or neither.
+        adapter, threads_per_worker: of a worker that is measured.
 
     Raises:
         InputError: an argument cannot be used, or the model does not fit.
     """
     from transformers import AutoConfig
+
+    from essa.models import context_of
+    from essa.quantization import check_dtype
 
     if row_budget is not None and row_budget < 1:
         raise InputError(f"row_budget must be at least 1, got {row_budget}")
@@ -314,13 +309,24 @@ def plan(
         raise InputError(f"gpus_per_worker must be 1 with gpu 'measure', got {gpus_per_worker}")
     if memory is not None and not (math.isfinite(memory) and memory > 0):
         raise InputError(f"memory must be a positive number of GiB, got {memory}")
-    for argument, value, known in (
+    given = {"prefill_tokens_per_second": prefill_tokens_per_second, "decode_step_seconds": decode_step_seconds}
+    for argument, value in given.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"{argument} must be a positive number, got {value}")
+    if (prefill_tokens_per_second is None) != (decode_step_seconds is None):
+        raise InputError("prefill_tokens_per_second and decode_step_seconds must be given together")
+    if decode_step_seconds is not None and gpu == "measure":
+        raise InputError("gpu 'measure' measures the rates, so none must be given")
+    if adapter is not None and gpu != "measure":
+        raise InputError(f"adapter must not be given with gpu {gpu!r}: only 'measure' runs the model")
+    for argument, choice, known in (
         ("gpu", gpu, (*GPUS, "measure")),
         ("dtype", dtype, tuple(BYTES)),
         ("quantization", quantization, ("none", *QUANTISED_BYTES)),
     ):
-        if value not in known:
-            raise InputError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
+        if choice not in known:
+            raise InputError(f"{argument} must be one of {', '.join(known)}, got {choice!r}")
+    check_dtype(quantization, dtype)
     reach_hub(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -334,6 +340,12 @@ def plan(
         raise InputError(
             f"model_name_or_path {name!r} must be a causal language model, got {config.model_type}: {error}"
         ) from error
+    context = context_of(config)
+    if context is not None and prompt_tokens + new_tokens > context:
+        raise InputError(
+            f"prompt_tokens and max_new_tokens must fit into the model's context of {context} tokens, got {prompt_tokens} "
+            f"and {new_tokens}"
+        )
     if shape.experts and quantization != "none":
         raise InputError(
             f"quantization must be none, the experts of a {config.model_type} cannot be quantised, got {quantization!r}"
@@ -357,7 +369,13 @@ def plan(
     workers = gpus // gpus_per_worker
     rows = budget(workers)
     if gpu == "measure":
-        rates = _measured_here(name, job, rows, trust_remote_code)
+        from essa.measure import rates_here
+
+        rates = rates_here(
+            name, job, rows, adapter=adapter, threads=threads_per_worker, trust_remote_code=trust_remote_code
+        )
+    elif prefill_tokens_per_second is not None and decode_step_seconds is not None:
+        rates = functools.partial(rates_given, job, prefill_tokens_per_second, decode_step_seconds)
     else:
         rates = functools.partial(rates_of_gpu, shape, job, gpu=gpu)
     seconds = generation_seconds(job, rates(rows), rows, workers)
@@ -373,24 +391,10 @@ def plan(
         "row_budget": rows,
         "members_per_chunk": rows / prompts,
         "chunks": math.ceil(job.rows / rows),
+        "prefill_tokens_per_second": rows * prompt_tokens / rates(rows).prefill,
+        "decode_step_seconds": rates(rows).step,
         "chunk_seconds": rates(rows).chunk(job),
         "generation_seconds": seconds,
         "tokens_per_second": job.rows * new_tokens / seconds,
         "scaling": scaling(job, rates, budget),
     }
-
-
-def _measured_here(name: str, job: Job, rows: int, trust_remote_code: bool) -> Callable[[int], Rates]:
-    from essa.models import load_base
-
-    model, tokenizer = load_base(
-        name, dtype=job.dtype, quantization=job.quantization, trust_remote_code=trust_remote_code
-    )
-    word = str(tokenizer.decode([len(tokenizer) // 2]))
-    prompt = word
-    while len(tokenizer(prompt)["input_ids"]) < job.prompt_tokens:
-        prompt += word
-    few = max(1, rows // 4)
-    return between(
-        (few, measure_rates(model, tokenizer, prompt, few)), (rows, measure_rates(model, tokenizer, prompt, rows))
-    )

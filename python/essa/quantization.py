@@ -29,15 +29,16 @@ def check_quantization(quantization: str, dtype: str) -> str:
     """The dtype to load with. Raises `InputError` where torchao is missing, or cannot quantise a model of this dtype."""
     if quantization not in QUANTIZATIONS:
         raise InputError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-    if quantization == "none":
-        return dtype
-    if importlib.util.find_spec("torchao") is None:
+    if quantization != "none" and importlib.util.find_spec("torchao") is None:
         raise InputError(f"quantization {quantization!r} needs torchao: pip install 'essa-kernels[quant]'")
-    if quantization == "int4":
-        if dtype not in ("auto", "bfloat16"):
-            raise InputError(f"quantization 'int4' computes in bfloat16: dtype must be auto or bfloat16, got {dtype!r}")
-        return "bfloat16"
-    return dtype
+    check_dtype(quantization, dtype)
+    return "bfloat16" if quantization == "int4" else dtype
+
+
+def check_dtype(quantization: str, dtype: str) -> None:
+    """Raise `InputError` for a dtype that a model cannot compute in when it is quantised so."""
+    if quantization == "int4" and dtype not in ("auto", "bfloat16"):
+        raise InputError(f"quantization 'int4' computes in bfloat16: dtype must be auto or bfloat16, got {dtype!r}")
 
 
 def quantization_config(quantization: str, device: torch.device) -> Any:

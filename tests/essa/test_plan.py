@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from essa import measure
 from essa.cli import app
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
-from essa.models import load_base
+from essa.measure import prompt_of
+from essa.models import load_adapter, load_base
 from essa.plan import (
     GIB,
     Job,
@@ -24,8 +27,11 @@ from essa.plan import (
     weight_bytes,
 )
 from essa.quantization import weight_bytes as loaded_bytes
+from essa.rollout import generate
 from transformers import AutoConfig
 from typer.testing import CliRunner
+
+from essa_kernels.nn import SVDLoRA
 
 
 def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int):
@@ -80,6 +86,21 @@ def test_the_shape_of_a_7b_model():
     assert row_bytes(shape, JOB) == (28 * 2 * 512 * 512 * 2 + 256 * (4 * 3584 + 3 * 18944) * 2 + 152064 * 6)
 
 
+def test_attention_counts_where_prompts_are_long():
+    """Products with keys and values: 4 x queries x tokens attended to, and half the prompt for a prompt's tokens."""
+    shape = Shape.of(QWEN_7B)
+    assert shape.queries == 28 * 3584
+    assert shape.attention_flops(1000) == 4 * 28 * 3584 * 1000
+    reached = 989e12 * 0.45
+    for tokens, share in ((256, 0.004), (32768, 0.5)):
+        job = Job(8, 8, tokens, 256)
+        products = (shape.flops * tokens * 8 + 2 * shape.head * 8) / reached + 28 * 30e-6
+        attention = 8 * 2 * 28 * 3584 * tokens**2 / reached
+        prefill = rates_of_gpu(shape, job, 8, "h100").prefill
+        assert prefill == pytest.approx(products + attention, rel=1e-9)
+        assert attention / products == pytest.approx(share, rel=0.1)
+
+
 def test_the_largest_chunk_fits_and_one_more_row_does_not():
     shape = Shape.of(QWEN_7B)
     rows = largest_row_budget(shape, JOB, 80 * GIB)
@@ -124,6 +145,25 @@ def test_the_papers_scaling():
     assert 3.0 < seconds[16] / seconds[128] <= 8.0
     assert seconds[1] / seconds[16] > 15.5, "far from the last chunk it is almost linear"
     assert seconds[512] / seconds[1024] < 1.3, "and ends where a step reads the weights for a few sequences"
+
+
+def test_rates_given(tmp_path):
+    QWEN_7B.save_pretrained(tmp_path)
+    arguments = ["plan", "--model_name_or_path", str(tmp_path), "--gpus", "8", "--row_budget", "96"]
+    rates = ["--prefill_tokens_per_second", "9600", "--decode_step_seconds", "0.05"]
+    result = CliRunner().invoke(app, [*arguments, *rates])
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)
+    assert numbers["chunk_seconds"] == pytest.approx(96 * 256 / 9600 + 255 * 0.05)
+    assert numbers["prefill_tokens_per_second"] == pytest.approx(9600) and numbers["decode_step_seconds"] == 0.05
+    assert numbers["generation_seconds"] == pytest.approx(8 * numbers["chunk_seconds"], rel=0.01)
+    for wrong, message in (
+        (rates[:2], "must be given together"),
+        ([*rates[:3], "0"], "decode_step_seconds must be a positive number, got 0"),
+        ([*rates, "--gpu", "measure"], "gpu 'measure' measures the rates"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *wrong])
+        assert result.exit_code == 2 and message in result.stderr
 
 
 def test_rates_between_measurements():
@@ -185,16 +225,54 @@ def test_the_command(tmp_path):
             "gpus_per_worker must be 1 with gpu 'measure', got 2",
         ),
         (["--model_name_or_path", str(tmp_path / "no")], "cannot be read"),
+        (["--prompt_tokens", "200000"], "must fit into the model's context of 32768 tokens, got 200000 and 256"),
+        (["--prompt_tokens", "32768", "--max_new_tokens", "2"], "must fit into the model's context"),
+        (["--quantization", "int4", "--dtype", "float16"], "int4' computes in bfloat16: dtype must be"),
+        (["--adapter", "mine"], "adapter must not be given with gpu 'h100'"),
     ):
         result = CliRunner().invoke(app, ["plan", "--model_name_or_path", str(tmp_path), *arguments])
         assert result.exit_code == 2 and message in result.stderr
 
 
-def test_rates_can_be_measured_here():
-    result = CliRunner().invoke(
-        app,
-        ["plan", "--model_name_or_path", str(BASE_MODEL), "--gpu", "measure", "--prompt_tokens", "8", "--max_new_tokens",
-         "8", "--population_size", "4", "--prompts_per_generation", "2", "--dtype", "float32"],
-    )  # fmt: skip
+MEASURE = ["plan", "--model_name_or_path", str(BASE_MODEL), "--gpu", "measure", "--dtype", "float32"]
+MEASURE += ["--prompt_tokens", "8", "--max_new_tokens", "8", "--population_size", "4", "--prompts_per_generation", "3"]
+
+
+def test_rates_are_measured_as_a_worker_runs(monkeypatch):
+    """With its threads, a LoRA whose spectrum the members share out, prompts and members as in a chunk, and no early end."""
+    seen = []
+
+    def watched(model, tokenizer, prompts, **settings):
+        rollout = generate(model, tokenizer, prompts, **settings)
+        seen.append((torch.get_num_threads(), len(settings["values"]), settings["rows"], rollout.tokens))
+        assert settings["space"].spectrum.any()
+        assert {len(ids) for ids in tokenizer(prompts)["input_ids"]} == {8} and len(prompts) == 3
+        assert rollout.tokens == len(settings["rows"]) * settings["max_new_tokens"]
+        return rollout
+
+    monkeypatch.setattr(measure, "generate", watched)
+    before = torch.get_num_threads()
+    result = CliRunner().invoke(app, [*MEASURE, "--gpus", "2", "--threads_per_worker", "3"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["generation_seconds"] > 0
+    assert torch.get_num_threads() == before
+    numbers = json.loads(result.stdout)
+    assert numbers["generation_seconds"] > 0 and numbers["row_budget"] == 6
+    assert {(threads, members, rows) for threads, members, rows, _ in seen} == {(3, 1, range(1)), (3, 2, range(6))}
+
+
+def test_a_worker_is_measured_on_one_thread_and_with_the_users_adapter(monkeypatch, warm_start):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    spectra = []
+    monkeypatch.setattr(measure, "measure_rates", lambda *a, space, **k: spectra.append(space.spectrum) or Rates(1, 1))
+    result = CliRunner().invoke(app, [*MEASURE, "--adapter", str(warm_start)])
+    assert result.exit_code == 0, result.output
+    assert threads[0] == 1
+    assert torch.equal(
+        spectra[0], SVDLoRA.from_peft(load_adapter(load_base(str(BASE_MODEL))[0], str(warm_start))).spectrum
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_a_prompt_of_so_many_tokens(tokens, tokenizer):
+    assert len(tokenizer(prompt_of(tokenizer, tokens))["input_ids"]) == tokens
