@@ -1,12 +1,14 @@
 """Quantised base models: `quantization` int8 or int4, made by torchao while transformers loads the weights.
 
-The adapter, and a population's delta, stay in the model's dtype on top of the quantised linear layers. What serves where,
-found by running torchao 0.18:
+The adapter, and a population's delta, stay in the model's dtype on top of the quantised linear layers.
 
-- int8: one scale a row of the weight. On CPU and GPU, in float32 and bfloat16.
-- int4: one scale and zero point a group of 32 weights, in bfloat16: GPU kernels know no other dtype, and the CPU kernel in
-  float32 is a hundred times slower. The packing differs: tinygemm's tiles on GPU, ATen's own on CPU, where torchao's
-  stable API has none, so that the configuration comes from its prototypes.
+- int8: one scale a row of the weight. Run on CPUs, in float32 and bfloat16.
+- int4: one scale and zero point a group of 32 weights, in bfloat16 alone: on CPUs, where it was run, the kernel in float32 is
+  a hundred times slower. torchao's stable API has no packing for CPUs, so that the configuration there comes from its
+  prototypes, packed as ATen has it.
+
+All that was found by running torchao 0.18 on CPUs. No GPU has run it yet: int8 is the same configuration there, int4 takes
+tinygemm's tiles, for which torchao's documentation knows no dtype but bfloat16.
 
 A model that arrives quantised, by whatever library, is loaded as it is.
 """
