@@ -183,23 +183,35 @@ class Rewards:
                     raise InputError(f"reward {name!r} needs a column {parameter.name!r}; {prompts.name} has {have}")
 
     def __call__(self, prompts: Prompts, answers: list[Answer], trainer_state: Any = None) -> np.ndarray:
-        """Rewards of `answers`, float64 [len(answers)].
+        """Rewards of `answers`, float64 [len(answers)], rounded to float32: what crosses a network is then what is told here.
 
         Raises:
-            RewardError: a function raised, or returned the wrong number of values or one that is not a finite number.
+            RewardError: a function raised, returned the wrong number of values or one that is not a finite number, or their
+                sum is more than float32 holds.
         """
         self.metrics = {}
         total = np.zeros(len(answers))
         rated = np.zeros(len(answers), dtype=bool)
         for name, function, weight in zip(self.names, self._functions, self._weights, strict=True):
             values = self._rate(name, function, prompts, answers, trainer_state)
-            has_value = np.array([value is not None for value in values], dtype=bool)
-            total += weight * np.array([0.0 if value is None else value for value in values])
-            rated |= has_value
+            rated |= np.array([value is not None for value in values], dtype=bool)
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is named below
+                total += weight * np.array([0.0 if value is None else value for value in values])
         if not rated.all():
             where = _where(prompts, answers[int(np.argmin(rated))])
             raise RewardError(f"reward {', '.join(map(repr, self.names))} returned None for {where}")
-        return total
+        return self._rounded(total, prompts, answers)
+
+    def _rounded(self, total: np.ndarray, prompts: Prompts, answers: list[Answer]) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            rounded = total.astype(np.float32).astype(np.float64)
+        if not np.isfinite(rounded).all():
+            place = int(np.argmin(np.isfinite(rounded)))
+            raise RewardError(
+                f"reward {', '.join(map(repr, self.names))}: with reward_weights {self._weights} the sum is {total[place]:g}, "
+                f"more than float32 holds - for {_where(prompts, answers[place])}"
+            )
+        return rounded
 
     def _rate(
         self, name: str, function: Reward, prompts: Prompts, answers: list[Answer], trainer_state: Any

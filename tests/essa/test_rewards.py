@@ -98,6 +98,16 @@ def test_rewards_add_up_with_their_weights():
         Rewards([constant(1.0), "exact_match"], [2.0])
 
 
+def test_rewards_are_what_float32_holds_and_more_is_named():
+    tenths = Rewards([constant(0.1), constant(0.2)], None)(PROMPTS, ANSWERS)
+    assert tenths.tolist() == [float(np.float32(0.1 + 0.2))] * 4
+    for weights, total in (([10.0, 1.0], "inf"), ([1e-260, 1.0], r"1e\+48")):
+        with pytest.raises(
+            RewardError, match=rf"reward_weights \[.*\] the sum is {total}, .* - for member 0, prompt 0"
+        ):
+            Rewards([constant(1e308), constant(0.0)], weights)(PROMPTS, ANSWERS)
+
+
 def test_none_is_no_opinion_but_someone_must_have_one():
     def only_first(completions, **kwargs):
         return [1.0, None, None, None][: len(completions)]
