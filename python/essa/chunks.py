@@ -150,7 +150,7 @@ def score_chunk(
     answers: Sequence[Answer],
     members: np.ndarray,
     offsets: np.ndarray,
-) -> tuple[np.ndarray, list[float]]:
+) -> np.ndarray:
     """`Strategy.tell`'s question, `Score`, as far as it is about members that gave their first answer in this chunk.
 
     Args:
@@ -158,11 +158,11 @@ def score_chunk(
         members, offsets: the question: how likely is each member's answer, at an offset of its own?
 
     Returns:
-        Places in the question, ascending, and the scores that belong there.
+        The scores that belong to `places_of` the chunk in the question, rounded to float32, as rewards are.
     """
-    places = np.flatnonzero(np.isin(members, search.starting(rows, len(chosen))))
+    places = places_of(search, rows, len(chosen), members)
     if not len(places):
-        return places, []
+        return np.empty(0)
     first = {answer.member: answer for answer in reversed(answers)}
     asked = [first[member] for member in members[places].tolist()]
     encoded = dict(
@@ -177,7 +177,12 @@ def score_chunk(
         temperature=search.temperature or 1.0,
         row_budget=task.row_budget,
     )
-    return places, scores.tolist()
+    return scores.float().double().numpy()
+
+
+def places_of(search: Search, rows: range, prompts: int, members: np.ndarray) -> np.ndarray:
+    """Where a question is about members that gave their first answer among these rows: places in it, ascending."""
+    return np.flatnonzero(np.isin(members, search.starting(rows, prompts)))
 
 
 class Local:
@@ -203,8 +208,8 @@ class Local:
         """`Score`, about the generation evaluated last."""
         scores = np.empty(len(members))
         for rows, answers in self._answers.items():
-            places, values = score_chunk(self._task, self._search, self._chosen, rows, answers, members, offsets)
-            scores[places] = values
+            places = places_of(self._search, rows, len(self._chosen), members)
+            scores[places] = score_chunk(self._task, self._search, self._chosen, rows, answers, members, offsets)
         return scores.tolist()
 
     def measure(self, state: Any = None) -> dict[str, float]:

@@ -119,13 +119,18 @@ class Search:
         return hashlib.sha256(content).hexdigest()[:16]
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
-        """Learn from the rewards of the candidates, float64 [members, prompts or 1]."""
-        self.strategy.tell(generation, rewards, score)
+        """Learn from the rewards of the candidates, float64 [members, prompts or 1], or what `condensed` makes of them."""
+        self.strategy.tell(generation, self.condensed(rewards), score)
         if self.strategy.mean is not None:
             self.space.parameters[0].copy_(torch.from_numpy(self.strategy.mean))
             self.space.moved()
         self.generation = generation + 1
         self._asked = None
+
+    def condensed(self, rewards: np.ndarray) -> np.ndarray:
+        """What the strategy needs of rewards; the same again if given that."""
+        condense = getattr(self.strategy, "condense", None)
+        return rewards if condense is None else condense(rewards)
 
     def replay(self, record: dict[str, Any]) -> bool:
         """Be told a recorded generation. Whether its candidates were this search's own, bit for bit."""
@@ -136,9 +141,10 @@ class Search:
         return same
 
     def asked(
-        self, generation: int, rewards: np.ndarray, scores: Sequence[Sequence[float]]
+        self, generation: int, rewards: np.ndarray, scores: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """What `tell` would ask its `Score`, the answers to its first questions being known: (members, offsets).
+        """What `tell` would ask its `Score` about `condensed` rewards, the answers to its first questions being known:
+        (members, offsets).
 
         None if it asks no further. The search stays as it is.
         """

@@ -1,13 +1,15 @@
 """Evaluating generations on Ray: workers with a model each, on this machine or on many.
 
-The driver owns the search. A worker owns a copy of it, which follows by being told the recorded generations, so
-a request names a generation, its prompts and some rows, and the answer is their rewards: no weights, no noise and no
-candidates cross the network, however large the model. Chunks are cut as in one process, by the settings alone, and
-whichever worker is free takes the next. So neither how many workers there are, nor their speed, nor their deaths show in
-the result.
+The driver owns the search. A worker owns a copy of it, which follows by being told the recorded generations, as far as the
+strategy needs them. A request names rows of the generation that is asked about, and the answer is their rewards: no weights,
+no noise and no candidates cross the network, however large the model. Chunks are cut as in one process, by the settings
+alone, and whichever worker is free takes the next. So neither how many workers there are, nor their speed, nor their deaths
+show in the result.
 
-Requests and answers are JSON, compressed; their bytes are counted. Ray itself carries what a worker is made of (settings,
-prompts, reward functions) from the driver's memory to the worker's; nothing is unpickled from disk.
+A worker hears each piece of news once, with its next request; its bytes, with those of requests and answers, are counted.
+The generations that a new or late worker missed are sent ahead in slices, and counted apart. Ray itself carries what a
+worker is made of (settings, prompts, reward functions) from the driver's memory to the worker's; nothing is unpickled from
+disk.
 """
 
 from __future__ import annotations
@@ -15,160 +17,32 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
 import statistics
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerState
 
-from essa.chunks import Chunk, Task, evaluate_chunk, score_chunk
+from essa.chunks import Chunk, places_of
 from essa.config import ESSAConfig, InputError
-from essa.data import Prompts
-from essa.evaluate import complete_and_rate
-from essa.models import ModelSource, weight_digests
-from essa.rewards import Answer, Reward, Rewards
+from essa.messages import pack, unpack
+from essa.replica import Recipe, Replica, WorkerError
 from essa.rollout import batches
-from essa.search import Search, of_weights
-from essa_kernels.nn import POINT
+from essa.search import Search
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; requests and answers are too small to go through it
+SLICE_BYTES = 32 * 2**10
 ATTEMPTS = 5
 # An idle worker takes over what another has been at for this many seconds, and times as long as is usual.
 LATE_SECONDS, LATE_TIMES = 5.0, 3.0
-
-
-class WorkerError(InputError):
-    """The workers cannot go on. The run itself is intact and can be resumed."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a worker is made of.
-
-    Attributes:
-        weights: digests of the driver's.
-    """
-
-    source: ModelSource
-    args: ESSAConfig
-    processing_class: PreTrainedTokenizerBase | None
-    prompts: Prompts
-    eval_prompts: Prompts | None
-    reward_funcs: str | Reward | Sequence[str | Reward]
-    weights: dict[str, str]
-
-
-class Replica:
-    """A worker, but for Ray: a search that follows the driver's, on a model of its own."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._answers: dict[tuple[int, range], list[Answer]] = {}
-
-    def start(self) -> None:
-        """Load the model.
-
-        Raises:
-            InputError: it cannot be loaded here, or is not the driver's.
-        """
-        recipe, args, source = self._recipe, self._recipe.args, self._recipe.source
-        torch.set_num_threads(args.threads_per_worker)
-        if (args.gpus_per_worker or 0) > 1:
-            source = dataclasses.replace(source, device="balanced")
-        model, tokenizer = source.load(of_weights=of_weights(args))
-        self._check_weights(model)
-        self._search = Search(model, args)
-        self._state = TrainerState(max_steps=args.generations)
-        self._task = Task(
-            model.eval(),
-            recipe.processing_class or tokenizer,
-            recipe.prompts,
-            recipe.eval_prompts,
-            Rewards(recipe.reward_funcs, args.reward_weights, args.reward_timeout),
-            args.max_new_tokens,
-            args.seed,
-            args.row_budget,
-        )
-
-    def _check_weights(self, model: Any) -> None:
-        """Candidates, which are compared later, tell only of the weights that are searched."""
-        source = self._recipe.source
-        for part, digest in weight_digests(model).items():
-            if digest != self._recipe.weights[part]:
-                name = source.adapter if part == "adapter" else source.name
-                raise InputError(
-                    f"{name!r} has other weights for a worker than for the driver; do all machines have the same files?"
-                )
-
-    def evaluate(self, request: bytes) -> bytes:
-        """Rewards of some rows. Raises RewardError."""
-        asked = self._follow(request)
-        step, rows = asked["generation"], range(*asked["rows"])
-        if self._search.digest(step) != asked["candidates"]:
-            raise WorkerError(
-                f"generation {step}: a worker's candidates are not the driver's; do all machines have the same "
-                "versions of numpy, cma and essa-kernels, and the same kind of processor?"
-            )
-        chunk = self._evaluate(step, asked["prompts"], rows, asked["epoch"])
-        return pack({name: getattr(chunk, name) for name in ("rewards", "tokens", "seconds", "metrics", "halved")})
-
-    def score(self, request: bytes) -> bytes:
-        """Scores of some rows' completions."""
-        asked = self._follow(request)
-        step, rows = asked["generation"], range(*asked["rows"])
-        if (step, rows) not in self._answers:  # another worker, dead by now, gave the answers
-            self._evaluate(step, asked["prompts"], rows, asked["epoch"])
-        question = self._search.asked(step, np.array(asked["rewards"]), asked["scores"])
-        assert question is not None, "the driver's strategy has a question, and this one is its copy"
-        answers = self._answers[step, rows]
-        places, scores = score_chunk(self._task, self._search, asked["prompts"], rows, answers, *question)
-        return pack({"places": places.tolist(), "scores": scores})
-
-    def measure(self, request: bytes) -> bytes:
-        """Rewards of the search's solution on some of the prompts to evaluate on. Raises RewardError."""
-        asked, task = self._follow(request), self._task
-        assert task.eval_prompts is not None, "the driver evaluates on the same prompts"
-        self._state.global_step, self._state.epoch = asked["generation"], asked["epoch"]
-        rated, tokens = complete_and_rate(
-            task.model,
-            task.processing_class,
-            task.eval_prompts,
-            task.rewards,
-            space=self._search.space,
-            values=POINT,
-            max_new_tokens=task.max_new_tokens,
-            row_budget=task.row_budget,
-            rows=range(*asked["rows"]),
-            trainer_state=self._state,
-        )
-        return pack({"rewards": rated.tolist(), "tokens": tokens})
-
-    def _follow(self, request: bytes) -> dict[str, Any]:
-        asked = unpack(request)
-        for record in asked["history"]:
-            if record["generation"] == self._search.generation:
-                self._search.replay(record)
-        return asked
-
-    def _evaluate(self, step: int, chosen: list[int], rows: range, epoch: float) -> Chunk:
-        self._state.global_step, self._state.epoch = step, epoch
-        chunk = evaluate_chunk(self._task, self._search, step, chosen, rows, self._state)
-        self._answers = {key: answers for key, answers in self._answers.items() if key[0] == step}
-        self._answers[step, rows] = chunk.answers
-        return chunk
 
 
 @dataclass(eq=False)
@@ -179,13 +53,17 @@ class Worker:
         actor: the handle.
         starting: what says that its model is loaded; None once it is.
         told: how many generations of the history it has been sent.
-        sent: bytes of this generation's requests and answers.
+        heard: how many of the news about the generation that is asked about.
+        sent: bytes of the requests, news and answers since the traffic was last counted.
+        caught_up: bytes since then of the generations that it had missed.
     """
 
     actor: Any
     starting: Any
     told: int = 0
+    heard: int = 0
     sent: int = 0
+    caught_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,12 +86,12 @@ class Workers:
 
     def __init__(self, recipe: Recipe, search: Search) -> None:
         self._recipe, self._search = recipe, search
-        self._history: list[dict[str, Any]] = []
+        self._history: list[bytes] = []
         self._workers: list[Worker] = []
         self._owners: dict[range, Worker] = {}
         self._running: dict[Any, Job] = {}
-        self._asked: dict[str, Any] = {}
-        self._scores: list[list[float]] = []
+        self._news: list[bytes] = []
+        self._chosen: list[int] = []
         self.lost = 0
         """Workers that died so far."""
 
@@ -226,34 +104,34 @@ class Workers:
             WorkerError: the workers keep dying, or compute something else than the driver.
         """
         started = time.perf_counter()
-        for worker in self._workers:
-            worker.sent = 0
-        self._owners, self._scores = {}, []
-        self._asked = {"generation": step, "prompts": chosen, "epoch": state.epoch if state else 0.0}
+        self._chosen = chosen
         rows = self._search.chunks(len(chosen))
-        replies = self._map("evaluate", rows, {"candidates": self._search.digest(step)})
-        chunk = Chunk.join([Chunk(**replies[part], answers=[]) for part in rows])
-        members = self._recipe.args.population_size
-        self._asked["rewards"] = np.array(chunk.rewards).reshape(members, -1).tolist()
-        return dataclasses.replace(chunk, seconds=time.perf_counter() - started)
+        digest = self._search.digest(step)
+        replies = self._ask("evaluate", rows, state, generation=step, prompts=chosen, candidates=digest)
+        rewards = np.concatenate([replies[part]["rewards"] for part in rows])
+        parts = [
+            Chunk(reply["rewards"].tolist(), [], reply["tokens"], 0.0, reply.get("metrics", {}), reply.get("halved", 0))
+            for reply in (replies[part] for part in rows)
+        ]
+        needed = self._search.condensed(rewards.reshape(self._recipe.args.population_size, -1))
+        self._news.append(pack({"rewards": needed}))
+        return dataclasses.replace(Chunk.join(parts), seconds=time.perf_counter() - started)
 
     def score(self, members: np.ndarray, offsets: np.ndarray) -> list[float]:
         """`Score`, about the generation evaluated last. The workers know the question: their searches ask it too."""
         scores = np.empty(len(members))
-        for reply in self._map("score", list(self._owners), {"scores": self._scores}).values():
-            scores[reply["places"]] = reply["scores"]
-        self._scores.append(scores.tolist())
-        return self._scores[-1]
+        for rows, reply in self._map("score", list(self._owners)).items():
+            scores[places_of(self._search, rows, len(self._chosen), members)] = reply["scores"]
+        self._news.append(pack({"scores": scores}))
+        return scores.tolist()
 
     def measure(self, state: Any = None) -> dict[str, float]:
         """`essa.evaluate.evaluate` of the search's solution."""
         started = time.perf_counter()
         prompts = self._recipe.eval_prompts
         assert prompts is not None, "measure needs prompts to evaluate on"
-        self._owners = {}
-        self._asked = {"generation": self._search.generation, "epoch": state.epoch if state else 0.0}
         rows = batches(range(len(prompts)), self._recipe.args.row_budget)
-        replies = self._map("measure", rows, {})
+        replies = self._ask("measure", rows, state, generation=self._search.generation)
         rated = np.concatenate([replies[part]["rewards"] for part in rows])
         return {
             "reward": float(rated.mean()),
@@ -264,20 +142,29 @@ class Workers:
 
     def told(self, record: dict[str, Any]) -> None:
         """The search has been told a generation, as recorded; the workers hear of it with their next request."""
-        self._history.append(
-            {key: record[key] for key in ("generation", "candidates", "rewards", "scores") if key in record}
-        )
+        needed = {
+            "generation": record["generation"],
+            "candidates": record["candidates"],
+            "rewards": self._search.condensed(np.array(record["rewards"], dtype=np.float64)),
+            "scores": [np.array(scores) for scores in record.get("scores", [])],
+        }
+        self._history.append(pack({"told": needed}))
 
     def forget(self) -> None:
         """The search starts anew."""
         self._history = []
 
     def traffic(self) -> dict[str, int]:
-        """What crossed the network in the generation evaluated last: the most bytes of a worker, and of how many."""
-        return {
+        """What crossed the network since this was last asked: the most bytes of a worker, and of how many; and the most that
+        a worker was sent of generations that it had missed, where there was one."""
+        counted = {
             "workers": len(self._workers),
             "bytes_per_worker": max((worker.sent for worker in self._workers), default=0),
         }
+        caught_up = max((worker.caught_up for worker in self._workers), default=0)
+        for worker in self._workers:
+            worker.sent = worker.caught_up = 0
+        return {**counted, "catch_up_bytes": caught_up} if caught_up else counted
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -330,7 +217,15 @@ class Workers:
         actor = replica.options(num_cpus=takes["CPU"], num_gpus=takes["GPU"]).remote(self._recipe)
         return Worker(actor, actor.start.remote())
 
-    def _map(self, method: str, jobs: list[range], asked: dict[str, Any]) -> dict[range, dict[str, Any]]:
+    def _ask(self, method: str, jobs: list[range], state: Any, **asked: Any) -> dict[range, dict[str, Any]]:
+        """`_map` of jobs about something new."""
+        self._news = [pack({"asked": {**asked, "epoch": state.epoch if state else 0.0}})]
+        self._owners = {}
+        for worker in self._workers:
+            worker.heard = 0
+        return self._map(method, jobs)
+
+    def _map(self, method: str, jobs: list[range]) -> dict[range, dict[str, Any]]:
         """Every job done by some worker. A job whose worker died, or is far too late, is done by another too."""
         import ray
         from ray.exceptions import RayError, RayTaskError
@@ -344,7 +239,7 @@ class Workers:
             for worker in self._idle():
                 rows = self._next_job(worker, waiting) or self._late_job(purpose, replies, took)
                 if rows is not None:
-                    self._running[self._send(worker, method, rows, asked)] = Job(worker, rows, purpose)
+                    self._running[self._send(worker, method, rows)] = Job(worker, rows, purpose)
             starting = {worker.starting: worker for worker in self._workers if worker.starting is not None}
             done, _ = ray.wait([*self._running, *starting], num_returns=1, timeout=1.0)
             for reference in done:
@@ -385,12 +280,16 @@ class Workers:
                 return job
         return None
 
-    def _send(self, worker: Worker, method: str, job: range, asked: dict[str, Any]) -> Any:
-        body = {**self._asked, **asked, "rows": [job.start, job.stop], "history": self._history[worker.told :]}
-        request = pack(body)
-        worker.told = len(self._history)
-        worker.sent += len(request)
-        return getattr(worker.actor, method).remote(request)
+    def _send(self, worker: Worker, method: str, job: range) -> Any:
+        untold = self._history[worker.told :]
+        for part in _slices(untold[:-1]):
+            worker.actor.hear.remote(part)
+            worker.caught_up += sum(map(len, part))
+        news = untold[-1:] + self._news[worker.heard :]
+        request = pack({"rows": [job.start, job.stop]})
+        worker.told, worker.heard = len(self._history), len(self._news)
+        worker.sent += len(request) + sum(map(len, news))
+        return getattr(worker.actor, method).remote(request, news)
 
     def _late_job(self, purpose: object, replies: dict[range, Any], took: list[float]) -> range | None:
         """Rows that a worker has been at for much longer than is usual, and no other worker is."""
@@ -449,13 +348,16 @@ def connect(args: ESSAConfig) -> Callable[[], None]:
     return ray.shutdown
 
 
-def pack(body: dict[str, Any]) -> bytes:
-    """Numbers come back exactly: JSON writes the shortest text that reads as the same float."""
-    return zlib.compress(json.dumps(body, separators=(",", ":")).encode())
-
-
-def unpack(message: bytes) -> dict[str, Any]:
-    return json.loads(zlib.decompress(message))
+def _slices(messages: list[bytes]) -> Iterator[list[bytes]]:
+    """Messages in order, as many at a time as `SLICE_BYTES` hold, and at least one."""
+    part: list[bytes] = []
+    for message in messages:
+        if part and sum(map(len, part)) + len(message) > SLICE_BYTES:
+            yield part
+            part = []
+        part.append(message)
+    if part:
+        yield part
 
 
 def _kill(worker: Worker) -> None:

@@ -45,6 +45,30 @@ def test_another_process_that_is_told_the_generations_has_the_same_search(make_t
         assert torch.equal(found, wanted)
 
 
+CONDENSED = [
+    {"strategy": "cma"},
+    {"strategy": "cma-diagonal"},
+    *({"parametrization": "lora", "reward_shaping": shaping} for shaping in ("z-score", "centred-rank", "per-prompt")),
+]
+
+
+@pytest.mark.parametrize("prompts", [1, 7])
+@pytest.mark.parametrize("method", CONDENSED, ids=lambda method: "-".join(method.values()))
+def test_what_a_strategy_needs_of_rewards_is_a_number_a_member(make_trainer, seed, method, prompts):
+    """Told that, it learns the same bits as from the rewards themselves."""
+    whole, little = (
+        make_trainer(name, **method, prompts_per_generation=prompts).search for name in ("whole", "little")
+    )
+    rng = np.random.default_rng(seed)
+    for generation in range(4):
+        rewards = rng.random((16, prompts)).astype(np.float32).astype(np.float64)
+        needed = little.condensed(rewards)
+        assert needed.shape == (16, 1) and np.array_equal(little.condensed(needed), needed)
+        whole.strategy.tell(generation, rewards, None)
+        little.strategy.tell(generation, needed, None)
+        assert whole.digest(generation + 1) == little.digest(generation + 1)
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -6,17 +6,20 @@ import dataclasses
 from pathlib import Path
 
 import essa.models
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from essa.checkpoint import Run
+from essa.chunks import places_of
 from essa.config import InputError
 from essa.demo.warm_start import BASE_MODEL
 from essa.devices import cross_between_blocks, free_memory_for
+from essa.messages import pack, unpack
 from essa.models import ModelSource, load_base, weight_digests
+from essa.replica import Recipe, Replica
 from essa.rollout import generate
-from essa.workers import Recipe, Replica, pack, unpack
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from essa_kernels import NoiseKey
@@ -101,18 +104,23 @@ def test_a_worker_of_two_gpus_agrees_with_a_driver_on_the_cpu(make_trainer, warm
     args = dataclasses.replace(trainer.args, num_workers=1, gpus_per_worker=2)
     source = ModelSource(str(BASE_MODEL), warm_start)
     recipe = Recipe(source, args, None, trainer.train_prompts, trainer.eval_prompts, "exact_match", weights)
-    asked = {"generation": 2, "prompts": last["prompts"], "epoch": 0.0, "history": history}
+    asked = {name: last[name] for name in ("generation", "prompts", "candidates")}
+    news = [*(pack({"told": record}) for record in history), pack({"asked": {**asked, "epoch": 0.0}})]
+    told = np.array(last["rewards"])
     rewards, scores = [], {}
     with gpus():
         replica = Replica(recipe)
         replica.start()
         assert places(replica._task.model) == {FIRST, SECOND}
+        replica.hear(news)
         for rows in replica._search.chunks(len(last["prompts"])):
-            asked["rows"] = [rows.start, rows.stop]
-            rewards += unpack(replica.evaluate(pack({**asked, "candidates": last["candidates"]})))["rewards"]
+            request = pack({"rows": [rows.start, rows.stop]})
+            rewards += unpack(replica.evaluate(request, []))["rewards"].tolist()
             if "scores" in last:
-                reply = unpack(replica.score(pack({**asked, "rewards": last["rewards"], "scores": []})))
-                scores.update(zip(reply["places"], reply["scores"], strict=True))
+                members, _ = replica._search.asked(2, told, [])
+                reply = unpack(replica.score(request, [pack({"rewards": told})]))
+                asked_of = places_of(replica._search, rows, len(last["prompts"]), members)
+                scores.update(zip(asked_of.tolist(), reply["scores"].tolist(), strict=True))
     assert rewards == [reward for member in last["rewards"] for reward in member]
     if method == "zo-grpo":
         torch.testing.assert_close([scores[place] for place in sorted(scores)], last["scores"][0], rtol=1e-5, atol=0)

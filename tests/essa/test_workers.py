@@ -10,14 +10,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from essa.checkpoint import Run
+from essa.chunks import places_of
 from essa.config import ESSAConfig, InputError
 from essa.demo.warm_start import BASE_MODEL
+from essa.messages import pack, unpack
 from essa.models import ModelSource, weight_digests
+from essa.replica import Recipe, Replica, WorkerError
 from essa.rewards import RewardError
-from essa.workers import LOOPBACK, Recipe, Replica, WorkerError, connect, pack, unpack
+from essa.workers import LOOPBACK, connect
 from transformers import TrainerCallback
 
 if importlib.util.find_spec("ray") is None:
@@ -152,17 +156,22 @@ def test_a_replica_catches_up_and_answers_for_what_another_computed(make_trainer
     history = [record for record in Run.read(trainer.args.output_dir).records if "rewards" in record]
     replica = Replica(recipe(trainer, warm_start, weights=weights))
     replica.start()
-    last = history[2]
-    asked = {"generation": 2, "prompts": last["prompts"], "epoch": 0.2, "rows": [5, 10], "history": history[:2]}
-    reply = unpack(replica.evaluate(pack({**asked, "candidates": last["candidates"]})))
-    assert reply["rewards"] == [row[0] for row in last["rewards"][5:10]]
+    last, rows = history[2], pack({"rows": [5, 10]})
+    told = [pack({"told": record}) for record in history[:2]]
+    about = {"generation": 2, "prompts": last["prompts"], "epoch": 0.2, "candidates": last["candidates"]}
+    asked = pack({"asked": about})
+    replica.hear(told[:1])
+    reply = unpack(replica.evaluate(rows, [told[1], asked]))
+    assert reply["rewards"].tolist() == [row[0] for row in last["rewards"][5:10]]
     late = Replica(recipe(trainer, warm_start, weights=weights))
     late.start()
-    question = {**asked, "rewards": last["rewards"], "scores": last["scores"][:1]}
-    reply = unpack(late.score(pack(question)))
-    assert reply["scores"] == [last["scores"][1][place] for place in reply["places"]] and reply["places"]
+    first, second = (np.array(scores) for scores in last["scores"])
+    question = [pack({"rewards": np.array(last["rewards"])}), pack({"scores": first})]
+    scores = unpack(late.score(rows, [*told, asked, *question]))["scores"]
+    members, _ = late._search.asked(2, np.array(last["rewards"]), [first])
+    assert len(scores) and np.array_equal(scores, second[places_of(late._search, range(5, 10), 4, members)])
     with pytest.raises(WorkerError, match="a worker's candidates are not the driver's"):
-        replica.evaluate(pack({**asked, "candidates": "0" * 16}))
+        replica.evaluate(rows, [pack({"asked": {**about, "candidates": "0" * 16}})])
 
 
 def test_a_worker_with_other_weights_is_refused(make_trainer, warm_start, retrained, tmp_path):

@@ -29,6 +29,10 @@ class Strategy(Protocol):
     There are two kinds. One searches coordinates: it asks for offsets and has a mean. The other, for parametrisations
     whose coordinates are too many to list, asks for perturbations around the parametrisation's point, and moves it.
 
+    One that needs less than every reward, such as the members' means, may have a method ``condense`` that says what: given
+    rewards it returns, as float64 [members, any], what `tell` learns the same from, bit for bit, and given that the same
+    again. It depends on nothing told so far. Workers then hear of no more than that.
+
     Attributes:
         name: the name `make_strategy` knows it by.
         assignment: "all" - every member answers every prompt of the generation; "per_prompt" - the members are split

@@ -64,12 +64,15 @@ class CMA:
                 self._candidates = self._search.ask()
         return np.array(self._candidates, dtype=np.float32)
 
+    def condense(self, rewards: np.ndarray) -> np.ndarray:
+        return check_rewards(rewards, self.population_size).mean(axis=1, keepdims=True)
+
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
         self.ask(generation)
-        rewards = check_rewards(rewards, self.population_size)
+        fitness = self.condense(rewards)[:, 0]
         with one_blas_thread():
-            self._search.tell(self._candidates, list(-rewards.mean(axis=1)))
+            self._search.tell(self._candidates, list(-fitness))
         self._candidates = None
         self._generation += 1
 

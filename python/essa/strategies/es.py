@@ -6,7 +6,7 @@ import numpy as np
 
 from essa.strategies.base import Score, check_rewards
 from essa.strategies.optimizers import OPTIMIZERS
-from essa.strategies.shaping import SHAPINGS
+from essa.strategies.shaping import CONDENSED, SHAPINGS
 from essa_kernels import NoiseKey
 from essa_kernels.nn import Parametrization, Perturbed
 
@@ -85,7 +85,7 @@ class ES:
         self._space = space
         self._prompts = prompts_per_generation
         self._seed = seed
-        self._shape = SHAPINGS[reward_shaping]
+        self._shape, self._condense = SHAPINGS[reward_shaping], CONDENSED[reward_shaping]
         self._optimizer = OPTIMIZERS[optimizer](space, self.lr)
         self._shrink = 1.0 - self.lr * weight_decay
         self._generation = 0
@@ -95,12 +95,16 @@ class ES:
             raise ValueError(f"generation: got {generation}, expected {self._generation}")
         return Perturbed(self._key(), self.sigma, range(self.population_size))
 
+    def condense(self, rewards: np.ndarray) -> np.ndarray:
+        shared = self.assignment == "all"
+        return self._condense(check_rewards(rewards, self.population_size).T).T if shared else rewards
+
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         self.ask(generation)
         if self.assignment == "per_prompt":
             rewards = check_rewards(rewards, self.population_size, 1).reshape(self._prompts, -1)
         else:
-            rewards = check_rewards(rewards, self.population_size).T
+            rewards = self.condense(rewards).T
         weights = self._shape(rewards, self.assignment == "all") / (self.population_size * self.sigma)
         if weights.any():
             if self._shrink != 1.0:

@@ -33,15 +33,31 @@ def centred_rank(rewards: np.ndarray, shared: bool) -> np.ndarray:
 
 
 def per_prompt(rewards: np.ndarray, shared: bool) -> np.ndarray:
-    """Rewards as `within_prompt` has them. Those of a member that answered many prompts are added up, then z-scored."""
-    scores = within_prompt(rewards)
-    return z_score(scores, shared) if shared else scores.reshape(-1)
+    """Rewards as `within_prompt` has them. Those of a member that answered many prompts are averaged, then z-scored."""
+    return z_score(mean_within_prompt(rewards), shared) if shared else within_prompt(rewards).reshape(-1)
+
+
+def mean(rewards: np.ndarray) -> np.ndarray:
+    """Each draw's mean reward: float64 [1, draws]."""
+    return rewards.mean(axis=0, keepdims=True)
+
+
+def mean_within_prompt(rewards: np.ndarray) -> np.ndarray:
+    """Each draw's mean reward as `within_prompt` has it: float64 [1, draws]. One prompt has no scale to be rid of."""
+    return mean(within_prompt(rewards)) if len(rewards) > 1 else rewards
 
 
 def _fitness(rewards: np.ndarray, shared: bool) -> np.ndarray:
-    return rewards.mean(axis=0) if shared else rewards.reshape(-1)
+    return mean(rewards)[0] if shared else rewards.reshape(-1)
 
 
+CONDENSED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "z-score": mean,
+    "centred-rank": mean,
+    "per-prompt": mean_within_prompt,
+}
+"""What a shaping needs of rewards float64 [prompts, draws] if draw d is the same member on every prompt: [1, draws], which
+it makes the same weights of."""
 SHAPINGS: dict[str, Callable[[np.ndarray, bool], np.ndarray]] = {
     "z-score": z_score,
     "centred-rank": centred_rank,
