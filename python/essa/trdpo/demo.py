@@ -177,8 +177,9 @@ def train(task: Task, pairs: Preferences, beta: float, seed: int, method: dict[s
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         ref_model_sync_steps=SYNC_STEPS,
-        # The prompts are too short to gain from it.
+        # The rows are too short to gain from it.
         prompt_sharing=False,
+        padding_free=False,
         seed=seed,
         logging_steps=STEPS,
         save_strategy="no",

@@ -84,8 +84,8 @@ def _check_head(base: Any) -> None:
 def token_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Log-probabilities [N] of a batch's labels; see `Collator` for the batch."""
     given: dict[str, Any] = {"input_ids": batch["input_ids"], "completions": (batch["index"], batch["labels"])}
-    if "position_ids" in batch:
-        given |= {"position_ids": batch["position_ids"], "branches": Branches(batch["lengths"].tolist())}
+    if "branches" in batch:
+        given |= {"position_ids": batch["position_ids"], "branches": Branches(batch["branches"].tolist())}
     return model(**given)
 
 

@@ -39,6 +39,11 @@ class MethodSettings(Checks):
     prompt_sharing: bool = setting(
         True, "Compute each prompt once for both of its completions, where the model's attention allows it."
     )
+    padding_free: bool = setting(
+        True,
+        "Without prompt_sharing too, lay a batch's sequences out in one row without padding, where the model's attention "
+        "allows it. Prompt sharing never pads.",
+    )
     report: bool = setting(True, "Write report.html and report.png into output_dir after training.")
 
     def check(self) -> None:
@@ -58,7 +63,7 @@ class MethodSettings(Checks):
         self._check_int("ref_model_sync_steps", 1)
         if self.max_length is not None:
             self._check_int("max_length", 2)
-        for name in ("sync_ref_model", "precompute_ref_log_probs", "prompt_sharing", "report"):
+        for name in ("sync_ref_model", "precompute_ref_log_probs", "prompt_sharing", "padding_free", "report"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not self.sync_ref_model:

@@ -3,7 +3,7 @@
 A batch is a single row without padding: prompt, first completion, second completion, next prompt, ... Positions restart
 at the end of the prompt for every completion, and attention keeps the completions apart: prompt and first completion are
 an ordinary causal sequence, a further completion sees the prompt and itself. The log-probabilities are those of separate
-sequences.
+sequences. With one completion to a prompt the row holds just separate sequences, packed without padding.
 
 It is done by an attention function of our own, which a model takes through transformers' attention interface: one
 FlexAttention call with a block mask for a model loaded with `attn_implementation="flex_attention"`, else one SDPA call a
@@ -68,7 +68,7 @@ FAMILIES = frozenset(
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why prompts cannot be shared on this model, or None where they can."""
+    """Why a row of branches is not for this model, or None where it is."""
     config = bare(model).config
     kind, implementation = config.get_text_config().model_type, config._attn_implementation
     if kind not in FAMILIES:
@@ -81,7 +81,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 class Branches:
-    """The shape of a shared row: `lengths[i]` holds the tokens of prompt i and of each of its completions."""
+    """The shape of a row: `lengths[i]` holds the tokens of prompt i and of each completion behind it."""
 
     def __init__(self, lengths: list[list[int]]) -> None:
         self.lengths = lengths
@@ -128,7 +128,7 @@ class Branches:
 
 
 @contextmanager
-def sharing(model: nn.Module) -> Iterator[None]:
+def branching(model: nn.Module) -> Iterator[None]:
     """Inside, the model attends along the `branches` it is called with. Backward passes belong inside too."""
     config = bare(model).config
     before = config._attn_implementation

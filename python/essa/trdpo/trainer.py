@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_
 from essa.config import InputError
 from essa.models import bare, check_model, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
-from essa.trdpo.batches import Collator
+from essa.trdpo.batches import PACKED, PADDED, SHARED, Collator
 from essa.trdpo.checkpoints import step_of, whole_checkpoints
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.data import Preferences, read_preferences
 from essa.trdpo.logprobs import install, sequence_sums, token_logps
 from essa.trdpo.reference import MovingReference, check_trainable
-from essa.trdpo.shared_prompt import sharing, why_not
+from essa.trdpo.shared_prompt import branching, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,11 @@ class TRDPOTrainer(Trainer):
         check_trainable(model)
         _disable_dropout(model)
         self._kto = args.loss_type == "kto"
-        self._shared = args.prompt_sharing
-        if self._shared and (reason := why_not(model)):
-            logger.warning("prompts are computed twice, not shared: %s", reason)
-            self._shared = False
+        self._batch_layout = SHARED if args.prompt_sharing else PACKED if args.padding_free else PADDED
+        if self._batch_layout != PADDED and (reason := why_not(model)):
+            twice = "prompts are computed twice, not shared, and " if args.prompt_sharing else ""
+            logger.warning("%sbatches are padded: %s", twice, reason)
+            self._batch_layout = PADDED
         self._tokenizer, self._max_length = processing_class, args.max_length
         if self._kto and args.per_device_train_batch_size < 2:
             raise InputError("per_device_train_batch_size must be at least 2 with loss_type kto, for its KL term")
@@ -108,7 +109,7 @@ class TRDPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(processing_class.pad_token_id, self._shared),
+            data_collator=Collator(processing_class.pad_token_id, self._batch_layout),
             train_dataset=train,
             eval_dataset=self._read_evaluation(eval_dataset),
             processing_class=processing_class,
@@ -165,7 +166,7 @@ class TRDPOTrainer(Trainer):
     # The loss
 
     def _layout(self) -> contextlib.AbstractContextManager[None]:
-        return sharing(self.model) if self._shared else contextlib.nullcontext()
+        return branching(self.model) if self._batch_layout != PADDED else contextlib.nullcontext()
 
     def _logps(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probabilities of tokens [N] and of completions [B, 2]."""
@@ -362,7 +363,8 @@ class TRDPOTrainer(Trainer):
         return [
             ("model", bare(self.model).config._name_or_path or type(bare(self.model)).__name__),
             ("trained", "a LoRA adapter" if isinstance(self.model, PeftModel) else "the whole model"),
-            ("prompts", "shared by both completions" if self._shared else "computed for each completion"),
+            ("prompts", "shared by both completions" if self._batch_layout == SHARED else "computed for each completion"),
+            ("batches", "padded" if self._batch_layout == PADDED else "without padding"),
             ("attention", bare(self.model).config._attn_implementation),
             ("training rows", len(train)),
             ("pairs whose completions are identical", train.identical),

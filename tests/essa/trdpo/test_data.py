@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from essa.config import InputError
 from essa.rows import read_rows
-from essa.trdpo.batches import Collator
+from essa.trdpo.batches import PACKED, PADDED, SHARED, Collator
 from essa.trdpo.data import read_preferences
 
 from .conftest import make_pairs
@@ -235,10 +235,10 @@ def test_wrong_rows_are_named(rows, kto, message, tokenizer):
     assert str(caught.value).startswith("train_dataset")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_batches(shared, tokenizer):
+@pytest.mark.parametrize("layout", [PADDED, PACKED, SHARED])
+def test_batches(layout, tokenizer):
     rows = read([PAIR, {"prompt": "?12345=", "chosen": "1", "rejected": "99999"}], tokenizer)
-    batch = Collator(tokenizer.pad_token_id, shared)(list(rows))
+    batch = Collator(tokenizer.pad_token_id, layout)(list(rows))
     flat = batch["input_ids"].flatten()
     assert next(iter(batch)) == "rows" and batch["lengths"].tolist() == [[3, 3, 2], [7, 2, 6]]
     assert batch["sequence"].tolist() == [0] * 3 + [1] * 2 + [2] * 2 + [3] * 6
@@ -247,18 +247,21 @@ def test_batches(shared, tokenizer):
     # Behind the position that predicts a label stands the label, but for the first token of a second completion.
     behind = flat[batch["index"] + 1] == batch["labels"]
     assert behind.tolist() == (
-        [True] * 3 + [False, True] + [True] * 2 + [False] + [True] * 5 if shared else [True] * 13
+        [True] * 3 + [False, True] + [True] * 2 + [False] + [True] * 5 if layout == SHARED else [True] * 13
     )
-    if shared:
-        assert batch["input_ids"].shape == (1, 23)
+    if layout == SHARED:
+        assert batch["input_ids"].shape == (1, 23) and batch["branches"].tolist() == batch["lengths"].tolist()
         assert batch["position_ids"].tolist() == [[*range(6), 3, 4, *range(9), *range(7, 13)]]
+    elif layout == PACKED:
+        assert batch["branches"].tolist() == [[3, 3], [3, 2], [7, 2], [7, 6]], "nothing is padded"
+        assert batch["position_ids"].tolist() == [[*range(6), *range(5), *range(9), *range(13)]]
     else:
         assert batch["input_ids"].shape == (4, 13)
 
 
 def test_ktos_mismatched_completions_are_the_previous_rows(tokenizer):
     rows = [{**JUDGED, "completion": str(number), "label": number % 2 == 0} for number in range(3)]
-    batch = Collator(0, True)(list(read(rows, tokenizer, kto=True)))
+    batch = Collator(0, SHARED)(list(read(rows, tokenizer, kto=True)))
     digits = tokenizer("012")["input_ids"]
     end = tokenizer.eos_token_id
     expected = [x for own, other in ((0, 2), (1, 0), (2, 1)) for x in (digits[own], end, digits[other], end)]

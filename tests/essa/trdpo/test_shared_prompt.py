@@ -1,7 +1,9 @@
-"""One sequence for a prompt and its completions gives what separate sequences give, for every supported family."""
+"""One sequence for a prompt and its completions, and one of packed sequences, give what separate sequences give, for every
+supported family."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 
@@ -10,11 +12,11 @@ import pytest
 import torch
 import transformers
 from essa.config import InputError
-from essa.trdpo.batches import Collator
+from essa.trdpo.batches import PACKED, PADDED, SHARED, Collator
 from essa.trdpo.data import Example
 from essa.trdpo.logprobs import install, sequence_sums, token_logps
 from essa.trdpo.shared_prompt import FAMILIES as SUPPORTED
-from essa.trdpo.shared_prompt import sharing, why_not
+from essa.trdpo.shared_prompt import branching, why_not
 
 from .conftest import FAMILIES, make_model
 
@@ -41,20 +43,16 @@ def by_hand(model, rows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_and_separate_are_the_models_own(family, seed):
+def test_every_layout_gives_the_models_own(family, seed):
     model, rows = make_model(family).eval(), examples(SIZES)
     original = copy.deepcopy(model)
     expected = by_hand(original, rows)
     install(model)
-    for shared in (False, True):
+    for layout in (PADDED, PACKED, SHARED):
         assert why_not(model) is None
-        batch = Collator(0, shared)(rows)
+        batch = Collator(0, layout)(rows)
         model.zero_grad(set_to_none=True)
-        if shared:
-            with sharing(model):
-                found = sequence_sums(token_logps(model, batch), batch)
-                (found * torch.tensor([1.0, -0.7])).sum().backward()
-        else:
+        with contextlib.nullcontext() if layout == PADDED else branching(model):
             found = sequence_sums(token_logps(model, batch), batch)
             (found * torch.tensor([1.0, -0.7])).sum().backward()
         torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
@@ -71,16 +69,17 @@ FLEXIBLE = [family for family in FAMILIES if make_model(family)._supports_flex_a
 
 def compare_flex_attention(family):
     model, rows = make_model(family).eval(), examples(SIZES)
-    batch = Collator(0, True)(rows)
     with torch.no_grad():
         expected = by_hand(model, rows)
         model.set_attn_implementation("flex_attention")
         assert why_not(model) is None
         install(model)
-        with sharing(model):
-            found = sequence_sums(token_logps(model, batch), batch)
-    assert model.config._attn_implementation == "flex_attention"
-    torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
+        for layout in (PACKED, SHARED):
+            batch = Collator(0, layout)(rows)
+            with branching(model):
+                found = sequence_sums(token_logps(model, batch), batch)
+            assert model.config._attn_implementation == "flex_attention"
+            torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -104,7 +103,7 @@ def test_a_text_model_that_does_not_know_its_base(seed):
     with torch.no_grad():
         expected = by_hand(copy.deepcopy(model), rows)
         install(model)
-        batch = Collator(0, False)(rows)
+        batch = Collator(0, PADDED)(rows)
         found = sequence_sums(token_logps(model, batch), batch)
     torch.testing.assert_close(found, expected.double(), rtol=2e-5, atol=2e-4)
 
@@ -129,12 +128,12 @@ def test_other_families_are_named():
 def test_gradient_checkpointing_runs_along_the_branches(seed):
     model, rows = make_model("qwen3").train(), examples(SIZES)
     install(model)
-    batch, gradients = Collator(0, True)(rows), []
+    batch, gradients = Collator(0, SHARED)(rows), []
     for again in (False, True):
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad(set_to_none=True)
-        with sharing(model):
+        with branching(model):
             token_logps(model, batch).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
@@ -143,7 +142,7 @@ def test_gradient_checkpointing_runs_along_the_branches(seed):
 def test_a_model_that_swallows_the_branches_is_refused(seed):
     model = make_model()
     install(model)
-    with sharing(model), pytest.raises(RuntimeError, match="hands no branches"):
+    with branching(model), pytest.raises(RuntimeError, match="hands no branches"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
@@ -152,10 +151,16 @@ def test_the_reason_is_logged(caplog, tokenizer, tmp_path):
 
     from .conftest import make_pairs
 
-    args = TRDPOConfig(str(tmp_path), use_cpu=True)
-    with caplog.at_level(logging.WARNING):
-        TRDPOTrainer(make_model("Mamba"), args=args, train_dataset=make_pairs(4), processing_class=tokenizer)
-    assert "computed twice, not shared: models of type 'mamba'" in caplog.text
+    for prompt_sharing, text in (
+        (True, "prompts are computed twice, not shared, and batches are padded: models of type 'mamba'"),
+        (False, "batches are padded: models of type 'mamba'"),
+    ):
+        caplog.clear()
+        args = TRDPOConfig(str(tmp_path), use_cpu=True, prompt_sharing=prompt_sharing)
+        with caplog.at_level(logging.WARNING):
+            TRDPOTrainer(make_model("Mamba"), args=args, train_dataset=make_pairs(4), processing_class=tokenizer)
+        (warning,) = [record.getMessage() for record in caplog.records if "padded" in record.getMessage()]
+        assert warning.startswith(text)
 
 
 def test_flex_attention_is_not_trained_on_the_cpu(tokenizer, tmp_path):

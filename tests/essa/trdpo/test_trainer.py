@@ -81,12 +81,14 @@ def test_limits_of_the_moving_reference(make, whole, seed):
     assert_equal(weights["every"], trainers["every"].reference.weights())
 
 
-@pytest.mark.parametrize("sharing", [True, False], ids=["shared", "separate"])
-def test_sharing_prompts_changes_nothing(make, sharing, seed):
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_sharing_prompts_changes_nothing(make, padding_free, seed):
     base = make_model("qwen3")
     losses = []
-    for prompt_sharing in (sharing, True):
-        trainer = make(copy.deepcopy(base), prompt_sharing=prompt_sharing, logging_steps=1)
+    for prompt_sharing, shape in ((True, [4, 3]), (False, [8, 2] if padding_free else None)):
+        trainer = make(copy.deepcopy(base), prompt_sharing=prompt_sharing, padding_free=padding_free, logging_steps=1)
+        branches = trainer.data_collator(trainer.train_dataset[:4]).get("branches")
+        assert shape == (None if branches is None else list(branches.shape))
         trainer.train()
         losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
