@@ -9,13 +9,15 @@ newline: it is dropped, and its generation is done again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from essa.config import InputError
 
 FORMAT = 1
 RUN_FILE, HISTORY_FILE = "run.json", "history.jsonl"
+LOCK_FILE = ".lock"
 COMMAND_FILE = "trdpo.json"
 """Holds the options of `essa trdpo`, so that a resumed run need not be told them again."""
 RESULTS = ("adapter", "model", COMMAND_FILE, RUN_FILE)
@@ -144,11 +147,11 @@ class Run:
     def _open(self) -> None:
         self._file = os.open(self.directory / HISTORY_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            _lock(self._file, self.directory)
+        except InputError:
             os.close(self._file)
             self._file = None
-            raise InputError(f"output_dir {str(self.directory)!r} is in use by another process") from error
+            raise
 
     def _read_history(self) -> None:
         path = self.directory / HISTORY_FILE
@@ -228,6 +231,24 @@ def check_resumed_folder(resumed: str | Path, output_dir: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder. Raises `InputError` if there is one."""
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(file: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"output_dir {str(folder)!r} is in use by another process") from error
+
+
 def make_folder(path: Path, argument: str = "output_dir") -> None:
     """Make a folder and its parents. Raises `InputError` if that cannot be."""
     try:
@@ -239,21 +260,27 @@ def make_folder(path: Path, argument: str = "output_dir") -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is either there in full or not at all, also after a power cut."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     _sync_folder(path.parent)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder, new or empty so far, that appears whole or not at all."""
+    """Fill a folder that appears whole or not at all. One that is there already makes place for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         fresh = Path(scratch, path.name)
         fresh.mkdir()
         fill(fresh)
+        if path.exists():
+            shutil.rmtree(path)
         os.replace(fresh, path)
     _sync_folder(path.parent)
 

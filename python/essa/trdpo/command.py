@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback
 
 from essa.checkpoint import (
     COMMAND_FILE,
+    RESULTS,
+    SaveError,
+    alone_in,
     check_resumed_folder,
     make_folder,
     read_command,
     refuse_existing,
     write_atomically,
+    write_folder,
 )
 from essa.config import InputError
 from essa.data import DataSettings, absolute
@@ -58,11 +65,14 @@ def run_trdpo(
     Args:
         settings: the checked options.
         data: which rows of the data set to train and to evaluate on.
-        resume_from_checkpoint: output_dir again, to continue from the last whole checkpoint there.
+        resume_from_checkpoint: output_dir again, to continue from the last sound checkpoint there.
         say: prints a line.
 
+    A run that was ended before its first checkpoint starts over.
+
     Raises:
-        InputError: an option or a row cannot be used.
+        InputError: an option, a row or a checkpoint cannot be used.
+        SaveError: the disk is full, for instance. The message says how to go on.
     """
     settings = _with_lora_defaults(settings, adapter)
     folder = Path(settings.output_dir)
@@ -74,13 +84,15 @@ def run_trdpo(
         **data.recorded(),
         **dataclasses.asdict(settings),
     }
-    checkpoint = None
     if resume_from_checkpoint is not None:
         check_resumed_folder(resume_from_checkpoint, folder)
-        checkpoint = _last_checkpoint(folder)
         _refuse_changes(folder, command)
-    else:
+    starts_over = _never_saved(folder)
+    if resume_from_checkpoint is None and not starts_over:
         refuse_existing(folder, COMMAND_FILE)
+    resumes = resume_from_checkpoint is not None and not starts_over
+    if resumes and not whole_checkpoints(folder):
+        raise InputError(f"no checkpoint to resume in {str(folder)!r}; its run was to save one every save_steps steps")
     args = _training_arguments(settings, evaluate=data.evaluates)
     check_attention(settings.attn_implementation, args.device)
     train, evaluation = data.read(dataset_name, settings.seed)
@@ -110,22 +122,24 @@ def run_trdpo(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Lines(say))
-    make_folder(folder)
-    write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        step = trainer.state.global_step
-        if whole_checkpoints(folder):
-            say(f"Stopped after step {step}; resume with `{resume_command('trdpo', folder, command)}`")
-        else:
-            (folder / COMMAND_FILE).unlink()
-            say(
-                f"Stopped after step {step}, before the first checkpoint (save_steps {settings.save_steps}): start it anew"
-            )
-        raise
     kind = "model" if settings.lora_r == 0 else "adapter"
-    trainer.save_model(str(folder / kind))
+    make_folder(folder)
+    with alone_in(folder) if args.should_save else contextlib.nullcontext():
+        if starts_over:
+            say(f"{folder} holds a run that was ended before its first checkpoint: it starts over")
+            _remove_parts(folder)
+        try:
+            write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
+            trainer.train(resume_from_checkpoint=resumes)
+            if args.should_save:
+                write_folder(folder / kind, lambda fresh: trainer.save_model(str(fresh)))
+        except KeyboardInterrupt:
+            say(_how_to_go_on(trainer, command))
+            raise
+        except SaveError as error:
+            raise SaveError(f"{error}\n{_how_to_go_on(trainer, command)}") from error
+        except (OSError, SafetensorError) as error:
+            raise SaveError(f"the run cannot be written: {error}\n{_how_to_go_on(trainer, command)}") from error
     if evaluation is not None:
         metrics = trainer.evaluate()
         say(f"evaluation: loss {metrics['eval_loss']:.4f}, accuracy {metrics['eval_rewards/accuracies']:.3f}")
@@ -173,11 +187,23 @@ def _refuse_changes(folder: Path, command: dict[str, Any]) -> None:
         raise InputError(f"the run in {str(folder)!r} cannot be resumed with other options: " + "; ".join(changed))
 
 
-def _last_checkpoint(folder: Path) -> str:
-    whole = whole_checkpoints(folder)
-    if not whole:
-        raise InputError(f"no checkpoint to resume in {str(folder)!r}; its run was to save one every save_steps steps")
-    return str(whole[-1])
+def _never_saved(folder: Path) -> bool:
+    """Whether a folder's run was ended before its first checkpoint, and without a result."""
+    results = [name for name in RESULTS if name != COMMAND_FILE and (folder / name).exists()]
+    return (folder / COMMAND_FILE).is_file() and not results and not whole_checkpoints(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Take away checkpoints that were not written to the end: a trainer that deletes old ones would count them."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _how_to_go_on(trainer: TRDPOTrainer, command: dict[str, Any]) -> str:
+    stopped, folder = f"Stopped after step {trainer.state.global_step}", command["output_dir"]
+    if whole_checkpoints(folder):
+        return f"{stopped}; resume with `{resume_command('trdpo', folder, command)}`"
+    return f"{stopped}, before the first checkpoint (save_steps {command['save_steps']}): start it anew"
 
 
 class _Lines(TrainerCallback):

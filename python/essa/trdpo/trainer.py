@@ -6,20 +6,24 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
+from essa.checkpoint import SaveError
 from essa.config import InputError
 from essa.models import bare, check_model, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
 from essa.trdpo.batches import PACKED, PADDED, SHARED, Collator
-from essa.trdpo.checkpoints import step_of, whole_checkpoints
+from essa.trdpo.checkpoints import check_checkpoint, damage, last_sound_checkpoint, step_of, whole_checkpoints
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.data import Preferences, read_preferences
 from essa.trdpo.logprobs import install, sequence_sums, token_logps
@@ -322,9 +326,22 @@ class TRDPOTrainer(Trainer):
 
     # Training and checkpoints
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; afterwards output_dir holds the report."""
-        output = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; afterwards output_dir holds the report.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last one in output_dir; if that is damaged, a warning
+                says so, and the one before it is taken.
+
+        Raises:
+            InputError: a checkpoint cannot be resumed from, or something is not finite any more.
+            SaveError: a checkpoint cannot be written, as when the disk is full; those before it are intact.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_sound_checkpoint(str(self.args.output_dir)))
+        elif resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_weights()
         if self.args.report and self.is_world_process_zero():
             from essa.trdpo.report import write_report
@@ -334,18 +351,34 @@ class TRDPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
-        if self.args.should_save:
-            # Before the rest: a folder that has a trainer state has everything.
-            self.reference.save(
-                Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"),
-                ref_update=self.args.ref_update,
-                ref_model_mixup_alpha=self.args.ref_model_mixup_alpha,
-                ref_model_sync_steps=self.args.ref_model_sync_steps,
-            )
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        try:
+            if self.args.should_save:
+                # A folder that has a trainer state, which is written last, has everything.
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                self.reference.save(
+                    folder,
+                    ref_update=self.args.ref_update,
+                    ref_model_mixup_alpha=self.args.ref_model_mixup_alpha,
+                    ref_model_sync_steps=self.args.ref_model_sync_steps,
+                )
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if damage(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise SaveError(f"checkpoint {str(folder)!r} cannot be written: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint, "its optimizer or schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint, "its random state"):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _reading(resume_from_checkpoint, "its weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = self.reference.load(resume_from_checkpoint)
         for name in ("ref_update", "ref_model_mixup_alpha", "ref_model_sync_steps"):
             if state.get(name) != getattr(self.args, name):
@@ -409,6 +442,17 @@ class _Steps(TrainerCallback):
         if args.ref_update != "none" and state.global_step % args.ref_model_sync_steps == 0:
             self._trainer.check_weights()
             self._trainer.reference.update(args.alpha, state.global_step)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Name what was sound on its own but not as a part of this run."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"checkpoint {checkpoint!r} cannot be resumed from: {what} cannot be loaded: {error}"
+        ) from error
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from essa.trdpo import TRDPOConfig, TRDPOTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
 
 SMALL = {
     "vocab_size": 97,
@@ -112,3 +113,25 @@ def make_judged(count, seed=0):
     rng = random.Random(seed)
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in make_pairs(count, seed)]
     return [{**row, "label": number % 2 == 0 or rng.random() < 0.3} for number, row in enumerate(rows)]
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path, lora):
+    """A small trainer; keyword arguments of the trainer's own are taken out, the rest are settings."""
+
+    def make(model=None, rows=None, *, name="run", whole=False, callbacks=None, **settings):
+        small = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 2}
+        fixed = {"use_cpu": True, "report": False, "disable_tqdm": True, "save_strategy": "no", "beta": 0.2}
+        own = {key: settings.pop(key) for key in ("eval_dataset", "ref_model") if key in settings}
+        args = TRDPOConfig(str(tmp_path / name), **{**small, **fixed, "ref_model_sync_steps": 3, **settings})
+        return TRDPOTrainer(
+            make_model() if model is None else model,
+            args=args,
+            train_dataset=make_pairs(24) if rows is None else rows,
+            processing_class=tokenizer,
+            peft_config=None if whole or isinstance(model, PeftModel) else lora,
+            callbacks=callbacks,
+            **own,
+        )
+
+    return make

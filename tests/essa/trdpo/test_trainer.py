@@ -15,34 +15,12 @@ from datasets import Dataset
 from essa.config import InputError
 from essa.trdpo import TRDPOConfig, TRDPOTrainer
 from essa.trdpo.data import read_preferences
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from .conftest import make_judged, make_model, make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def make(tokenizer, tmp_path, lora):
-    """A small trainer; keyword arguments of the trainer's own are taken out, the rest are settings."""
-
-    def make(model=None, rows=None, *, name="run", whole=False, callbacks=None, **settings):
-        small = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 2}
-        fixed = {"use_cpu": True, "report": False, "disable_tqdm": True, "save_strategy": "no", "beta": 0.2}
-        own = {key: settings.pop(key) for key in ("eval_dataset", "ref_model") if key in settings}
-        args = TRDPOConfig(str(tmp_path / name), **{**small, **fixed, "ref_model_sync_steps": 3, **settings})
-        return TRDPOTrainer(
-            make_model() if model is None else model,
-            args=args,
-            train_dataset=make_pairs(24) if rows is None else rows,
-            processing_class=tokenizer,
-            peft_config=None if whole or isinstance(model, PeftModel) else lora,
-            callbacks=callbacks,
-            **own,
-        )
-
-    return make
 
 
 def trained(trainer):
