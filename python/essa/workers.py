@@ -20,7 +20,9 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -336,7 +338,8 @@ def connect(args: ESSAConfig) -> Callable[[], None]:
     }
     options = {"address": args.ray_address} if args.ray_address else own
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _signals_stay():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError) as error:
         raise InputError(f"ray_address {args.ray_address!r}: no Ray cluster there: {error}") from error
     if args.ray_address is None and ray.util.get_node_ip_address() != LOOPBACK:
@@ -346,6 +349,18 @@ def connect(args: ESSAConfig) -> Callable[[], None]:
             "variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, or give ray_address"
         )
     return ray.shutdown
+
+
+@contextlib.contextmanager
+def _signals_stay() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, natively too: the process would abort with a dump, without a word of how to resume."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _slices(messages: list[bytes]) -> Iterator[list[bytes]]:

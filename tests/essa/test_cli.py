@@ -257,11 +257,15 @@ def test_kill_minus_nine_and_resume_end_in_the_same_bits(align, tmp_path, worker
     assert resumed == whole
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupting_tells_how_to_resume(align, tmp_path, sent, code):
+def test_interrupting_tells_how_to_resume(align, tmp_path, sent, code, workers):
+    if workers and importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray")
     # Tests that a shell runs in the background ignore SIGINT, and so would what they start.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = process(*without(align, "--generations"), "--generations", "100000", preexec_fn=heard)
+    endless = [*without(align, "--generations"), "--generations", "100000", "--num_workers", workers]
+    running = process(*endless, "--row_budget", "8", preexec_fn=heard)
     history = tmp_path / "run" / HISTORY_FILE
     while not (history.exists() and history.stat().st_size > 3000):
         assert running.poll() is None, running.stderr.read()
