@@ -1,9 +1,10 @@
 """Preference alignment beside TRL: seconds of an optimiser step, peak memory, and the cost of moving the reference.
 
-Both trainers get the same model, LoRA, rows, order and settings (float32, no gradient checkpointing); their loss curves
-must agree to 1e-4, both references fixed, before a time counts. Ours is timed with its reference moving; TRL's cannot
-move with PEFT.
+Both trainers get the same model, LoRA, rows, order and settings (float32, no gradient checkpointing). Before a time counts
+they take a few steps on the same pairs again and again, both references fixed: the loss must fall by 100 times what the two
+curves may be apart. Ours is timed with its reference moving; TRL's cannot move with PEFT.
 
+    python -m pytest benchmarks/bench_trdpo.py --benchmark-only --results benchmarks/results/trdpo
     python -m benchmarks.bench_trdpo ours|trl 151936     peak memory of one trainer, alone in a process
 """
 
@@ -28,14 +29,18 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from .compare import compare, resident, timed
 
-PAIRS, STEPS, LONG, SHORT = 2, 3, 512, 64
+PAIRS, STEPS, LONG, SHORT = 2, 4, 512, 64
+APART, FALL = 1e-4, 1e-2
+"""What the losses of a step may be apart, and how far they must fall for that to mean something."""
 SHAPES = {"prompt : completion = 8 : 1": (LONG, SHORT), "prompt : completion = 1 : 8": (SHORT, LONG)}
 RIVAL = "TRL DPOTrainer, PEFT"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SETTINGS = {
     "per_device_train_batch_size": PAIRS,
     "max_steps": STEPS,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant",
     "beta": 0.1,
     "logging_steps": 1,
     "save_strategy": "no",
@@ -129,21 +134,57 @@ def step_seconds(trainer: Any) -> Any:
     return once
 
 
+@dataclass(frozen=True)
+class Curve:
+    """The losses of both trainers, step by step."""
+
+    what: str
+    rival: str
+    ours: list[float]
+    rivals: list[float]
+
+    @property
+    def apart(self) -> float:
+        return max(abs(mine - theirs) for mine, theirs in zip(self.ours, self.rivals, strict=True))
+
+    def as_row(self) -> str:
+        mine, theirs = (f"{curve[0]:.4f} -> {curve[-1]:.4f}" for curve in (self.ours, self.rivals))
+        return f"| {self.what} | {mine} | {self.rival} | {theirs} | at most {self.apart:.0e} apart |"
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "apart": self.apart}
+
+
+def check(curve: Curve) -> Curve:
+    assert curve.ours[0] - curve.ours[-1] > FALL
+    assert curve.apart < APART
+    return curve
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_step_time(benchmark, record, shape, tmp_path, vocabulary=32_000):
+def test_step_time(benchmark, record, remark, shape, tmp_path, vocabulary=32_000):
     with torch.inference_mode(False):
         base, tokenizer = make_model(vocabulary), make_tokenizer(vocabulary)
-        rows = make_rows(vocabulary, *SHAPES[shape], PAIRS * STEPS)
+        rows = make_rows(vocabulary, *SHAPES[shape], PAIRS)
         # The reference of both is fixed where their curves are compared: TRL's cannot move.
         ours = make_ours(copy.deepcopy(base), rows, tokenizer, str(tmp_path / "same"), ref_update="none")
         theirs = make_trl(copy.deepcopy(base), rows, tokenizer, str(tmp_path / "trl"))
     step_seconds(ours)(), step_seconds(theirs)()
-    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    record(check(Curve(f"loss of {STEPS} steps on the same pairs, {shape}", RIVAL, losses(ours), losses(theirs))))
     with torch.inference_mode(False):
         moving = make_ours(base, rows, tokenizer, str(tmp_path / "ours"))
     benchmark.pedantic(step_seconds(moving), rounds=1)
     name = f"optimiser step, LoRA, {PAIRS} pairs, {shape}, vocabulary 32 k"
     record(compare(name, step_seconds(moving), RIVAL, step_seconds(theirs), rounds=2))
+    remark(
+        "A Qwen2 of 20.8 M parameters (256 wide, 12 layers) in float32, LoRA r=16 on every linear layer, no gradient "
+        f"checkpointing, {LONG} and {SHORT} tokens, lengths varying by a quarter. The losses are those of two fixed references, "
+        "before anything is timed; then ours moves, which TRL's cannot with PEFT."
+    )
+    remark(
+        "On CPUs TRL's fused head scores every position, on GPUs only those of completions: part of the distance is that, and "
+        "these ratios say nothing of a GPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -170,12 +211,13 @@ def peak_megabytes(who: str, vocabulary: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_peak_memory(benchmark, record, vocabulary=151_936):
+def test_peak_memory(benchmark, record, remark, vocabulary=151_936):
     benchmark.pedantic(lambda: None)
     ours, theirs = (peak_megabytes(who, vocabulary) for who in ("ours", "trl"))
     for key, what in (("training", "added by training"), ("total", "whole process, libraries and model included")):
         name = f"peak memory, {PAIRS} pairs, prompt : completion = 8 : 1, vocabulary 151 k, {what}"
         record(Memory(name, RIVAL, ours[key], theirs[key]))
+    remark("Peaks are those of two steps in a process of its own, our reference moving; one run each.")
 
 
 def test_moving_the_reference(benchmark, record, vocabulary=32_000):
@@ -207,7 +249,7 @@ def main(who: str, vocabulary: int) -> None:
     warnings.simplefilter("ignore")
     make = {"ours": make_ours, "trl": make_trl}[who]
     with tempfile.TemporaryDirectory() as folder:
-        rows = make_rows(vocabulary, LONG, SHORT, PAIRS * STEPS)
+        rows = make_rows(vocabulary, LONG, SHORT, PAIRS)
         trainer = make(make_model(vocabulary), rows, make_tokenizer(vocabulary), folder)
         # The second step has the optimiser's state beside everything else.
         trainer.args.max_steps = 2

@@ -14,6 +14,7 @@ from essa_kernels import env_report
 from .compare import Comparison, Peak
 
 COMPARISONS: list[Comparison | Peak] = []
+REMARKS: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +36,12 @@ def record():
     return COMPARISONS.append
 
 
+@pytest.fixture
+def remark():
+    """Keep a sentence to stand below the table: what its numbers do not say."""
+    return lambda text: None if text in REMARKS else REMARKS.append(text)
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not COMPARISONS:
         return
@@ -45,6 +52,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         results = {
             "threads": config.getoption("--threads"),
             "rows": [comparison.as_dict() for comparison in COMPARISONS],
+            "remarks": REMARKS,
             "environment": _environment(),
         }
         path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
@@ -67,4 +75,5 @@ def as_table(threads: int) -> str:
         f"{threads} thread{'s'[: threads > 1]}"
     )
     lines = [header, "", "| what | ours | rival | rival's time | ratio (quartiles) |", "|---|---|---|---|---|"]
-    return "\n".join(lines + [comparison.as_row() for comparison in COMPARISONS])
+    lines += [comparison.as_row() for comparison in COMPARISONS]
+    return "\n\n".join(["\n".join(lines), *REMARKS])
