@@ -396,7 +396,7 @@ class TRDPOTrainer(Trainer):
         return [
             ("model", bare(self.model).config._name_or_path or type(bare(self.model)).__name__),
             ("trained", "a LoRA adapter" if isinstance(self.model, PeftModel) else "the whole model"),
-            ("prompts", "shared by both completions" if self._batch_layout == SHARED else "computed for each completion"),
+            ("prompts", "shared by both completions" if self._batch_layout == SHARED else "for each completion"),
             ("batches", "padded" if self._batch_layout == PADDED else "without padding"),
             ("attention", bare(self.model).config._attn_implementation),
             ("training rows", len(train)),
