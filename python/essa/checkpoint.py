@@ -86,7 +86,11 @@ class Run:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{str(path)!r} is damaged: {error}") from error
-        if not isinstance(content, dict) or not {"format", "digest", "identity", "about"} <= content.keys():
+        if (
+            not isinstance(content, dict)
+            or not {"format", "digest"} <= content.keys()
+            or not all(isinstance(content.get(part), dict) for part in ("identity", "about"))
+        ):
             raise InputError(f"{str(path)!r} does not describe a run of this program")
         if content["format"] != FORMAT:
             raise InputError(f"{str(path)!r} has format {content['format']!r}, this version reads format {FORMAT}")
@@ -99,7 +103,7 @@ class Run:
     @property
     def command(self) -> dict[str, Any]:
         """The options of the command that started the run; none where it was started from Python. No digest covers them."""
-        command = self.about.get("command", {}) if isinstance(self.about, dict) else None
+        command = self.about.get("command", {})
         if not isinstance(command, dict):
             raise InputError(f"{str(self.directory / RUN_FILE)!r} is damaged: its command is {command!r}")
         return command

@@ -185,16 +185,17 @@ class ESSATrainer:
             KeyboardInterrupt: passed on. The run can be resumed.
         """
         self._reset()
-        run = self._open_run(resume_from_checkpoint)
-        try:
+        if not resume_from_checkpoint:
+            Run.refuse_existing(self.args.output_dir)
+        # Workers that cannot be are no reason to leave a run behind.
+        with self._working(), contextlib.closing(self._open_run(resume_from_checkpoint)) as run:
             self._replay(run)
             last = list(self.evaluations.values())[-1:]
             metrics = {"eval_reward": last[0]["reward"]} if last else {}
             with Progress(self.args, self.state, metrics, enabled=self.args.progress) as progress:
                 self._emit("on_train_begin")
                 try:
-                    with self._working():
-                        self._search(run, progress)
+                    self._search(run, progress)
                     if self._best is not None:
                         self.search.take(self._best)
                     self.save_model()
@@ -207,8 +208,6 @@ class ESSATrainer:
                     raise
                 self.search.space.load_()
                 self._emit("on_train_end")
-        finally:
-            run.close()
         from essa.report import write_report
 
         write_report(self.args.output_dir)

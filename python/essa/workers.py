@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -43,6 +44,7 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; requests and answers are too small to go through it
 SLICE_BYTES = 32 * 2**10
 ATTEMPTS = 5
+CONNECT_SECONDS = 5.0
 # An idle worker takes over what another has been at for this many seconds, and times as long as is usual.
 LATE_SECONDS, LATE_TIMES = 5.0, 3.0
 
@@ -173,12 +175,13 @@ class Workers:
         """There are workers inside.
 
         Raises:
-            InputError: there is no Ray, no such cluster, or no worker has room in it.
+            InputError: there is no Ray, no such cluster, no worker has room in it, or the first could not load its model.
         """
         disconnect = connect(self._recipe.args)
         try:
             self._check_room()
             self._workers = [self._new_worker() for _ in range(self._recipe.args.num_workers)]
+            self._wait_for_one()
             yield
         finally:
             for worker in self._workers:
@@ -218,6 +221,19 @@ class Workers:
         takes, replica = self._takes(), cast(Any, ray.remote(Replica))
         actor = replica.options(num_cpus=takes["CPU"], num_gpus=takes["GPU"]).remote(self._recipe)
         return Worker(actor, actor.start.remote())
+
+    def _wait_for_one(self) -> None:
+        """Until a worker has loaded its model. One that died, before it could, is replaced once there is work."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        (first, *_), _ = ray.wait([worker.starting for worker in self._workers], num_returns=1)
+        try:
+            ray.get(first)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError:
+            return
 
     def _ask(self, method: str, jobs: list[range], state: Any, **asked: Any) -> dict[range, dict[str, Any]]:
         """`_map` of jobs about something new."""
@@ -336,6 +352,8 @@ def connect(args: ESSAConfig) -> Callable[[], None]:
         "include_dashboard": False,
         "_node_ip_address": LOOPBACK,
     }
+    if args.ray_address:
+        _check_listening(args.ray_address)
     options = {"address": args.ray_address} if args.ray_address else own
     try:
         with _signals_stay():
@@ -349,6 +367,19 @@ def connect(args: ESSAConfig) -> Callable[[], None]:
             "variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, or give ray_address"
         )
     return ray.shutdown
+
+
+def _check_listening(address: str) -> None:
+    """Raise `InputError` if nobody answers there: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except ValueError:
+        raise InputError(f"ray_address must be auto or host:port, got {address!r}") from None
+    except OSError as error:
+        raise InputError(f"ray_address {address!r}: no Ray cluster there: {error}") from error
 
 
 @contextlib.contextmanager

@@ -126,6 +126,9 @@ def test_lines_in_another_order_or_of_another_run_are_noticed(tmp_path):
         ('{"format": 1, "identity"', "damaged"),
         ('{"hello": "world"}', "does not describe a run"),
         ("[]", "does not describe a run"),
+        ('{"format": 1, "digest": "", "identity": {}, "about": [1]}', "does not describe a run"),
+        ('{"format": 1, "digest": "", "identity": {}, "about": 7}', "does not describe a run"),
+        ('{"format": 1, "digest": "", "identity": 7, "about": {}}', "does not describe a run"),
     ],
 )
 def test_a_broken_or_foreign_run_file_is_named(tmp_path, content, message):

@@ -224,6 +224,21 @@ def test_workers_without_room_are_named(cluster, make_trainer):
     )
     with pytest.raises(InputError, match=f"{message}; the most of a node are 2 CPUs, 0 GPUs"):
         trainer.train()
+    assert not Path(trainer.args.output_dir).exists(), "the corrected command is a new run"
+
+
+def test_an_address_where_nobody_listens_is_named_at_once(own_ray, make_trainer):
+    for address, message in (
+        ("127.0.0.1:1", "ray_address '127.0.0.1:1': no Ray cluster there: .*Connection refused"),
+        ("ray://127.0.0.1:1", "ray_address 'ray://127.0.0.1:1': no Ray cluster there"),
+        ("somewhere", "ray_address must be auto or host:port, got 'somewhere'"),
+    ):
+        trainer = make_trainer(num_workers=1, ray_address=address)
+        started = time.monotonic()
+        with pytest.raises(InputError, match=message):
+            trainer.train()
+        assert time.monotonic() - started < 10
+        assert not Path(trainer.args.output_dir).exists()
 
 
 @pytest.mark.slow
