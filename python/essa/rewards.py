@@ -227,8 +227,10 @@ class Rewards:
             values = self._one_at_a_time(name, call, prompts, answers) if limited else call(answers)
         except RewardError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             culprit = _first_failing(call, answers)
+            if culprit is None and isinstance(error, SystemExit):
+                raise  # it is not the function that ends this process, but whoever told the process to end
             where = _where(prompts, culprit) if culprit else f"a batch of {len(answers)} completions"
             raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} - on {where}") from error
         if len(values) != len(answers):
@@ -300,7 +302,7 @@ def _first_failing(call: Callable[[list[Answer]], list], answers: list[Answer]) 
     for answer in answers:
         try:
             call([answer])
-        except Exception:  # noqa: BLE001 - whatever it is, this answer causes it
+        except (Exception, SystemExit):  # noqa: BLE001 - whatever it is, this answer causes it
             return answer
     return None
 

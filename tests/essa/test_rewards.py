@@ -98,6 +98,26 @@ def test_rewards_add_up_with_their_weights():
         Rewards([constant(1.0), "exact_match"], [2.0])
 
 
+def test_a_reward_that_exits_is_named_but_the_end_of_the_process_is_not_its_own():
+    def quits(completions, **kwargs):
+        if "5" in completions:
+            raise SystemExit(3)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"quits' raised SystemExit: 3 - on member 0, prompt 1.*completion '5'"):
+        Rewards(quits, None)(PROMPTS, ANSWERS)
+    with pytest.raises(RewardError, match=r"quits' raised SystemExit: 3 - on member 0, prompt 1.*completion '5'"):
+        Rewards(quits, None, timeout=5.0)(PROMPTS, ANSWERS)
+
+    def told_to_end(completions, **kwargs):
+        if len(completions) > 1:
+            raise SystemExit(15)
+        return [0.0]
+
+    with pytest.raises(SystemExit):
+        Rewards(told_to_end, None)(PROMPTS, ANSWERS)
+
+
 def test_rewards_are_what_float32_holds_and_more_is_named():
     tenths = Rewards([constant(0.1), constant(0.2)], None)(PROMPTS, ANSWERS)
     assert tenths.tolist() == [float(np.float32(0.1 + 0.2))] * 4

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -110,11 +111,15 @@ def test_a_reward_error_comes_from_its_worker_to_the_user(cluster, make_trainer)
     def fragile(completions, **kwargs):
         return [float("nan") for _ in completions]
 
-    trainer = make_trainer(reward_funcs=fragile, num_workers=1, eval_dataset=None)
-    with pytest.raises(RewardError, match=r"fragile' returned nan.*member 0, prompt.*\n?.*Stopped after generation 0"):
-        trainer.train()
-    time.sleep(1.0)
-    assert not replicas()
+    def quits(completions, **kwargs):
+        sys.exit("bye")
+
+    for reward, told in ((fragile, "fragile' returned nan"), (quits, "quits' raised SystemExit: bye")):
+        trainer = make_trainer(reward.__name__, reward_funcs=reward, num_workers=1, eval_dataset=None)
+        with pytest.raises(RewardError, match=rf"{told}.*member 0, prompt.*\n?.*Stopped after generation 0"):
+            trainer.train()
+        time.sleep(1.0)
+        assert not replicas()
 
 
 def test_ray_listens_on_the_loopback_address_alone(cluster):
