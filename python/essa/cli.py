@@ -530,13 +530,13 @@ def plan(
         int, typer.Option("--gpus_per_worker", help="GPUs that a worker's model is spread over.", min=1)
     ] = 1,
     gpu: Annotated[
-        str, typer.Option("--gpu", help="Kind of GPU: a100, h100, h200 or l4; measure: rates of this machine.")
+        str,
+        typer.Option(
+            "--gpu",
+            help="Kind of GPU, whose data sheet gives memory and rates: a100, h100, h200 or l4; measure: memory and rates of "
+            "this machine, by running a chunk here as a worker would.",
+        ),
     ] = "h100",
-    memory: Annotated[
-        float | None, typer.Option("--memory", help="GiB of memory of a GPU. Default: the data sheet's.")
-    ] = None,
-    population_size: Annotated[int, typer.Option("--population_size", help="Members.", min=2)] = 96,
-    prompts_per_generation: Annotated[
     prefill_tokens_per_second: Annotated[
         float | None,
         typer.Option(
@@ -562,6 +562,11 @@ def plan(
     threads_per_worker: Annotated[
         int, typer.Option("--threads_per_worker", help="CPU threads that --gpu measure runs on.", min=1)
     ] = ESSAConfig.threads_per_worker,
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GiB of memory of a GPU. Default: the data sheet's.")
+    ] = None,
+    population_size: Annotated[int, typer.Option("--population_size", help="Members.", min=2)] = 96,
+    prompts_per_generation: Annotated[
         int, typer.Option("--prompts_per_generation", help="Prompts that every member answers.", min=1)
     ] = 64,
     prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", help="Longest prompt, in tokens.", min=1)] = 256,
@@ -597,15 +602,15 @@ def plan(
         row_budget=row_budget,
         dtype=dtype,
         quantization=quantization,
+        prefill_tokens_per_second=prefill_tokens_per_second,
+        decode_step_seconds=decode_step_seconds,
+        adapter=adapter,
+        threads_per_worker=threads_per_worker,
         trust_remote_code=trust_remote_code,
     )
     _print_table({name: value for name, value in result.items() if name != "scaling"})
     _print_rows(result["scaling"])
     typer.echo(json.dumps(result))
-        prefill_tokens_per_second=prefill_tokens_per_second,
-        decode_step_seconds=decode_step_seconds,
-        adapter=adapter,
-        threads_per_worker=threads_per_worker,
 
 
 @_command()
