@@ -27,6 +27,7 @@ from essa_kernels import (
     rademacher,
     svd_lora,
     svd_lora_expand_,
+    svd_lora_expand_linear,
     svd_lora_linear,
     svd_lora_shrink,
 )
@@ -76,7 +77,8 @@ def singular_values(x, weight, offsets, a, b, core, s, **_) -> Tensor:
     svd_lora(x, a[0], core, b[0], s, s, offsets, y)
     h = svd_lora_shrink(x.tanh(), a[1], core, s, s, offsets)
     svd_lora_expand_(y, h * 2, b[1])
-    return y.relu() + svd_lora_linear(x, weight, a[2], core, b[2], s, s, offsets)
+    together = svd_lora_linear(x, weight, a[2], core, b[2], s, s, offsets)
+    return y.relu() + together * svd_lora_expand_linear(x, weight, h, b[2])
 
 
 def perturbed_factors(x, weight, members, offsets, a, b, **_) -> Tensor:
