@@ -10,7 +10,8 @@ The adapter, and a population's delta, stay in the model's dtype on top of the q
 All that was found by running torchao 0.18 on CPUs. No GPU has run it yet: int8 is the same configuration there, int4 takes
 tinygemm's tiles, for which torchao's documentation knows no dtype but bfloat16.
 
-A model that arrives quantised, by whatever library, is loaded as it is.
+A model that arrives quantised, by whatever library, is loaded as it is. Where an adapter is trained on int4 layers by
+gradients, `essa.differentiable` gives them the backward pass that torchao's products lack.
 """
 
 from __future__ import annotations

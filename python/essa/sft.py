@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from essa.checkpoint import make_folder, write_folder
 from essa.config import InputError, SFTConfig
 from essa.data import Prompts, check_encodable, template_of
+from essa.differentiable import make_differentiable
 from essa.models import context_length, lora_config
 
 IGNORED = -100
@@ -49,6 +50,7 @@ def sft(
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
         raise InputError(f"lora_target_modules {args.lora_target_modules!r}: {error}") from error
+    make_differentiable(peft_model)
     make_folder(folder.parent, "the parent of output_dir")
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)

@@ -193,7 +193,8 @@ class MovingReference:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise `InputError` unless the model is one whose reference can be kept: a LoRA on frozen weights, or no adapter."""
+    """Raise `InputError` unless the model is one whose reference can be kept: a LoRA on frozen weights, or, without an
+    adapter, weights that are not quantised."""
     if isinstance(model, PeftModel):
         active = model.active_adapters
         if len(active) != 1:
@@ -207,6 +208,11 @@ def check_trainable(model: nn.Module) -> None:
                 f"the LM head must stay as it is: log-probabilities are computed from its weight, but the adapter "
                 f"made it a {type(head).__name__}; take it out of target_modules and modules_to_save"
             )
+    elif getattr(model, "is_quantized", False):
+        raise InputError(
+            "a model that is quantised cannot be trained as a whole: train an adapter on it (a peft_config, or lora_r above "
+            "0), or load the model without quantization"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model has no trainable weights; load its adapter with is_trainable=True")
 

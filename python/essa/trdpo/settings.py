@@ -95,7 +95,9 @@ class CommandSettings(MethodSettings):
         "Modules to adapt: names separated by commas, or all-linear for every linear layer but the head, the default.",
     )
     dtype: str = setting("auto", "auto (as saved), float32, bfloat16 or float16.")
-    quantization: str = setting("none", "Quantise the base's linear layers under the adapter: int8 or none.")
+    quantization: str = setting(
+        "none", "Quantise the base's linear layers under the adapter: int8, int4 (computes in bfloat16) or none."
+    )
     attn_implementation: str | None = setting(
         None, "Attention, by transformers' names: sdpa, flex_attention (on a GPU), ... Default: transformers' choice."
     )
@@ -146,5 +148,3 @@ class CommandSettings(MethodSettings):
             self._check_int(name, 0)
         if self.quantization != "none" and self.lora_r == 0:
             raise InputError("quantization must be none with lora_r 0: the whole model cannot be trained quantised")
-        if self.quantization == "int4":
-            raise InputError("quantization must be int8 or none here: torchao's int4 products have no backward pass")

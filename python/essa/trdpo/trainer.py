@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from essa.checkpoint import SaveError
 from essa.config import InputError
+from essa.differentiable import make_differentiable, taken_by_trainer
 from essa.models import bare, check_model, context_length, load_base, tokenizer_of
 from essa.trdpo import losses
 from essa.trdpo.batches import PACKED, PADDED, SHARED, Collator
@@ -98,6 +99,7 @@ class TRDPOTrainer(Trainer):
         self._context = context_length(model)
         model = _with_adapter(model, peft_config)
         check_trainable(model)
+        make_differentiable(model)
         _disable_dropout(model)
         self._kto = args.loss_type == "kto"
         self._batch_layout = SHARED if args.prompt_sharing else PACKED if args.padding_free else PADDED
@@ -110,16 +112,17 @@ class TRDPOTrainer(Trainer):
             raise InputError("per_device_train_batch_size must be at least 2 with loss_type kto, for its KL term")
         train = self._read(train_dataset, "train_dataset")
         install(model)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=Collator(processing_class.pad_token_id, self._batch_layout),
-            train_dataset=train,
-            eval_dataset=self._read_evaluation(eval_dataset),
-            processing_class=processing_class,
-            callbacks=list(callbacks or ()),
-            optimizers=optimizers,
-        )
+        with taken_by_trainer(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(processing_class.pad_token_id, self._batch_layout),
+                train_dataset=train,
+                eval_dataset=self._read_evaluation(eval_dataset),
+                processing_class=processing_class,
+                callbacks=list(callbacks or ()),
+                optimizers=optimizers,
+            )
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
                 "the reference takes the place of whole weights: with several GPUs start one process each "

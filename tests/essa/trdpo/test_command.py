@@ -93,10 +93,8 @@ def test_from_a_given_adapter(command, warm_start, tmp_path):
         (["--lr_scheduler_type", "steep"], "steep"),
         (["--attn_implementation", "flex_attention"], "attn_implementation 'flex_attention' needs a GPU"),
         (["--attn_implementation", "sharp"], 'attn_implementation="sharp"'),
-        (
-            ["--quantization", "int4"],
-            "quantization must be int8 or none here: torchao's int4 products have no backward pass",
-        ),
+        (["--quantization", "int4", "--lora_r", "0"], "quantization must be none with lora_r 0"),
+        (["--quantization", "int4", "--dtype", "float32"], "dtype must be auto or bfloat16, got 'float32'"),
         (["--max_length", "3"], "leaves nothing of max_length 3"),
     ],
 )
