@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-from .tl import config
+from . import gpu
 
 LEAST_TRITON = "3.4"
 LEAST_TRITON_TO_INTERPRET = "3.9"  # older interpreters round twice in a fused multiply-add
@@ -76,8 +76,8 @@ PREFERENCE = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-# A few rows are bound by the launch, which the CUDA kernels keep to one; more than `cuda_kernels` in tl/configs.json says
-# are a matrix product, and Triton's kernels have it done by tensor cores.
+# A few rows, as few_rows.json says, are bound by the launch, which the CUDA kernels keep to one; more are a matrix product,
+# and Triton's kernels have it done by tensor cores.
 PREFERENCE_BEYOND_DECODE = {"cuda": ("triton", "cuda", "reference")}
 
 
@@ -239,17 +239,12 @@ def explain(op: str | None = None) -> Explanation:
             lines.append(f"  {device_type} tensors:")
             lines += _explain_backends(name, device_type, backends)
             if OPS[name][0] in ("svd_lora", "lora_perturbed") and device_type in PREFERENCE_BEYOND_DECODE:
-                lines.append(f"  {device_type} tensors of more than {_decode_rows()} rows:")
+                device = torch.device("cuda") if torch.cuda.is_available() else None
+                lines.append(f"  {device_type} tensors of more than {gpu.few_rows('cuda_kernels', device)} rows:")
                 lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
         if name in CHOICES:
             lines.append(CHOICES[name])
     return Explanation("\n".join(lines))
-
-
-def _decode_rows() -> int:
-    """Of this machine's GPU, or of others without one."""
-    arch = config.architecture(torch.device("cuda")) if torch.cuda.is_available() else "default"
-    return config.most_rows(arch, "cuda_kernels")
 
 
 def _explain_backends(op: str, device_type: str, backends: tuple[str, ...]) -> list[str]:

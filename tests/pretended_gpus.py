@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import essa_kernels.dispatch
+import essa_kernels.gpu
 import essa_kernels.nn.model_weights
 
 if torch.cuda.is_available():
@@ -140,6 +141,7 @@ def pretended(monkeypatch):
         return Tensor if isinstance(value, OnGPU) else type(value)
 
     monkeypatch.setattr(essa_kernels.dispatch, "resolve", on_cpu)
+    monkeypatch.setattr(essa_kernels.gpu, "architecture", lambda device: "sm_90")
     for module in (essa.models, essa_kernels.nn.model_weights):  # they tell plain tensors from quantised ones
         monkeypatch.setattr(module, "type", type_of, raising=False)
     monkeypatch.setattr(torch, "tensor", there)

@@ -19,14 +19,15 @@ OPS = sorted(p.stem for p in (KERNELS / "ops").glob("*.py") if p.stem not in ("_
 
 # part of essa_kernels -> the parts it may import; every part may import itself
 MAY_IMPORT = {
+    "gpu": set(),
     "noise": set(),
     "reference": {"noise"},
-    "tl": {"noise"},
+    "tl": {"gpu", "noise"},
     "native": {"_C"},
-    "dispatch": set(),
-    "ops": {"dispatch", "noise"},
+    "dispatch": {"gpu"},
+    "ops": {"dispatch", "gpu", "noise"},
     "env": {"dispatch", "noise"},
-    "nn": {"public"},
+    "nn": {"gpu", "public"},
     "__init__": {"dispatch", "env", "noise", "ops"},
 }
 

@@ -54,7 +54,6 @@ def launched(monkeypatch):
         module = importlib.import_module(f"essa_kernels.tl.{file.name}")
         if hasattr(module, "on_device"):
             monkeypatch.setattr(module, "on_device", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr("essa_kernels.tl.config.architecture", lambda device: "sm_90")
 
     def triton_of(op, device, backend=None, beyond_decode=False):
         file, function = dispatch.OPS[op]

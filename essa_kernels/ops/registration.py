@@ -11,9 +11,8 @@ from operator import index
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, gpu
 from ..noise import BLOCKS_PER_TILE, GAUSSIAN_TILE, MEMBER_END, RADEMACHER_TILE, SITE_END, NoiseKey
-from ..tl import config
 
 LIBRARY = torch.library.Library("essa", "DEF")  # a tenth of custom_op's cost per call
 
@@ -246,7 +245,7 @@ def beyond_decode(rows: Tensor) -> bool:
     """Whether x or y has more rows than the kernels for decoding, a GPU's, are made for."""
     if not rows.is_cuda or not rows.dim():
         return False
-    return rows.numel() > config.most_rows(config.architecture(rows.device), "cuda_kernels") * rows.shape[-1]
+    return rows.numel() > gpu.few_rows("cuda_kernels", rows.device) * rows.shape[-1]
 
 
 def check_members(op: str, members: Tensor) -> None:

@@ -1,8 +1,5 @@
 """Block shapes and launch parameters, as data: `configs.json` holds a default and what differs per architecture.
 
-Two entries say what serves a batch of few rows: `cuda_kernels`, the CUDA kernels where Triton's exist too, and
-`fused_layers`, kernels that compute a layer together with what a population adds to it.
-
 Nothing is tuned unless asked for (`tune.py`), so a result never depends on what was measured when. "cpu" is Triton's
 interpreter, where few large programs are fastest.
 """
@@ -10,12 +7,13 @@ interpreter, where few large programs are fastest.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .. import gpu
 
 Configs = dict[str, dict[str, dict[str, int]]]
 """architecture -> kernel -> parameter -> value"""
@@ -28,28 +26,12 @@ IN_USE: dict[tuple[str, str], dict[str, int]] = {}
 _captured: list[Tensor] = []
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The key of a device in `configs.json`, such as "sm_90" or "gfx942"; "cpu" under Triton's interpreter."""
-    if device.type == "cpu":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
 def config_of(arch: str, kernel: str) -> dict[str, int]:
     """The parameters of a kernel on an architecture, the default where the file says nothing of it."""
     parameters = IN_USE.get((arch, kernel))
     if parameters is None:
         parameters = IN_USE[arch, kernel] = CONFIGS["default"][kernel] | CONFIGS.get(arch, {}).get(kernel, {})
     return parameters
-
-
-def most_rows(arch: str, choice: str) -> int:
-    """Up to how many rows something serves an architecture that larger batches have done otherwise."""
-    return (CONFIGS["default"][choice] | CONFIGS.get(arch, {}).get(choice, {}))["max_rows"]
 
 
 def use(configs: Configs) -> None:
@@ -81,7 +63,7 @@ def use(configs: Configs) -> None:
 
 def config(tensor: Tensor, kernel: str) -> dict[str, int]:
     """The parameters of a kernel on the tensor's device."""
-    return config_of(architecture(tensor.device), kernel)
+    return config_of(gpu.architecture(tensor.device), kernel)
 
 
 def outlives_graphs(tensor: Tensor) -> Tensor:

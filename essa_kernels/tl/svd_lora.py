@@ -494,7 +494,7 @@ def _linear(
     shape = few if rows <= few["max_rows"] else config(x, "linear")
     if misaligned(x):
         shape = config(x, "linear_misaligned")
-    columns = shape["block_columns_bytes"] // x.element_size()
+    columns = columns_of(shape, d_out, x.element_size())
     with on_device(x):
         linear_kernel[(triton.cdiv(rows, shape["block_rows"]), triton.cdiv(d_out, columns))](
             y,
@@ -530,6 +530,14 @@ def _linear(
             enable_fp_fusion=True,
             num_stages=shape["num_stages"],
         )
+
+
+def columns_of(shape: dict[str, int], d_out: int, element_size: int) -> int:
+    """How wide a program's tile of the result is. Every tile reads all of x, so the widest that leaves enough programs."""
+    columns, least = (shape[name] // element_size for name in ("block_columns_bytes", "least_columns_bytes"))
+    while columns > least and triton.cdiv(d_out, columns) < shape["least_programs"]:
+        columns //= 2
+    return columns
 
 
 def misaligned(x: Tensor) -> bool:
