@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd, zo-grpo 8 x 4": {
         "strategy": "zo-grpo", "population_size": 32, "prompts_per_generation": 8, "generations": 96, "eval_steps": 6,
     },
+    "svd, cma": {**GENERATION, "strategy": "cma"},
     "svd, cma-diagonal": {**GENERATION, "strategy": "cma-diagonal"},
     "svd, es": {**GENERATION, "strategy": "es"},
     "svd, es, a completion": {**COMPLETION, "strategy": "es"},

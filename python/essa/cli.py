@@ -497,6 +497,14 @@ def demo(
     parametrization: Annotated[
         str, typer.Option("--parametrization", help="What is searched: svd, lora, lowrank or full.")
     ] = "svd",
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="How: zo-grpo, cma, cma-diagonal, es or es-per-completion; by default what align takes for the "
+            "parametrization.",
+        ),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="grpo: also run TRL's GRPOTrainer from the same warm start (needs trl)."),
@@ -511,6 +519,8 @@ def demo(
         raise InputError(f"compare must be grpo, got {compare!r}")
     if trdpo and compare:
         raise InputError("compare must not be given with trdpo")
+    if trdpo and strategy:
+        raise InputError("strategy must not be given with trdpo, which searches nothing")
     _quiet()
     if trdpo:
         from essa.trdpo.demo import run_trdpo_demo
@@ -519,7 +529,7 @@ def demo(
         return
     from essa.demo.run import run_demo
 
-    run_demo(output_dir, seed=seed, compare=compare, parametrization=parametrization)
+    run_demo(output_dir, seed=seed, compare=compare, parametrization=parametrization, strategy=strategy)
 
 
 @_command()

@@ -72,6 +72,9 @@ def reference(finished, make_trainer):
     [
         {"strategy": "es-per-completion", "population_size": 64, "prompts_per_generation": 8},
         {"strategy": "es"},
+        {"strategy": "cma"},
+        {"strategy": "cma-diagonal"},
+        {"strategy": "es", "optimizer": "momentum", "reward_shaping": "centred-rank"},
         {"parametrization": "lora", "learning_rate": 0.001},
         {"parametrization": "lowrank"},
         {"parametrization": "full"},
