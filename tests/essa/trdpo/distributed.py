@@ -21,7 +21,10 @@ def main(folder: str, loss_type: str) -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = make_model()
-    rows = make_judged(32) if loss_type == "kto" else make_pairs(32)
+    rows = make_pairs(32)
+    if loss_type == "kto":
+        # The one completion of all is also every row's mismatched one, whatever rows share a process.
+        rows = [{**row, "completion": "12+3", "label": number % 4 != 0} for number, row in enumerate(make_judged(32))]
     args = TRDPOConfig(
         folder, loss_type=loss_type, use_cpu=True, max_steps=6, learning_rate=5e-3, beta=0.2, report=False,
         logging_steps=1, ref_model_sync_steps=2, save_strategy="no", disable_tqdm=True,
@@ -36,7 +39,8 @@ def main(folder: str, loss_type: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    save_file({**weights, "losses": torch.tensor(losses)}, path)
+    kl = [record.get("kl/mismatched", 0.0) for record in trainer.state.log_history if "loss" in record]
+    save_file({**weights, "losses": torch.tensor(losses), "kl": torch.tensor(kl)}, path)
 
 
 if __name__ == "__main__":
