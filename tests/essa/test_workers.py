@@ -25,6 +25,8 @@ from essa.rewards import RewardError
 from essa.workers import LOOPBACK, connect
 from transformers import TrainerCallback
 
+from .ray_workers import replicas
+
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray", allow_module_level=True)
 
@@ -56,18 +58,6 @@ def one_thread():
 
 def adapter(trainer) -> bytes:
     return Path(trainer.args.output_dir, "adapter", "adapter_model.safetensors").read_bytes()
-
-
-def replicas() -> list[int]:
-    """Process ids of the workers."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if entry.read_bytes().startswith(b"ray::Replica"):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 class KillWorkers(TrainerCallback):
