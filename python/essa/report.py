@@ -184,6 +184,9 @@ def _own_tables(run: Run) -> list[Table]:
     network = [record["bytes_per_worker"] for record in steps if "bytes_per_worker" in record]
     if network:
         throughput.append(("most bytes per Ray worker and generation", f"{max(network):,}"))
+    missed = [record["catch_up_bytes"] for record in steps if "catch_up_bytes" in record]
+    if missed:
+        throughput.append(("most bytes to tell a new Ray worker what it missed", f"{max(missed):,}"))
     facts = {"model": run.about["model"], "rewards": ", ".join(run.identity["rewards"])}
     facts |= {"searched values": run.identity["model"]["searched_values"]}
     settings = {**facts, **run.about["settings"], **run.identity["settings"]}

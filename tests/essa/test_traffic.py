@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,10 +116,12 @@ def test_a_generation_is_under_64_kb_a_worker_and_says_all_that_is_told(search_o
 def test_what_a_resumed_worker_missed_is_counted_apart(search_of_96, name):
     _, _, found = search_of_96("whole", **SETTINGS[name], generations=8)
     search_of_96("run", **SETTINGS[name], generations=6)
-    _, records, own = search_of_96("run", True, **SETTINGS[name], generations=8, num_workers=2)
+    trainer, records, own = search_of_96("run", True, **SETTINGS[name], generations=8, num_workers=2)
     assert own == found
     assert all(record["bytes_per_worker"] < LIMIT for record in records[6:])
     assert "catch_up_bytes" in records[6] and "catch_up_bytes" not in records[7]
+    missed = f"{records[6]['catch_up_bytes']:,}"
+    assert missed in Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
 
 
 def test_missed_generations_come_in_slices():
