@@ -370,6 +370,16 @@ def check_svd_lora_linear(launches: list[Launch], arch: str, dtype: torch.dtype,
             ptx = kernel.asm["ptx"]
             assert_wide_loads(launch, ptx)
             assert dtype is torch.float32 or re.search("mma", ptx), "no matrix unit"
+            if arch == "sm_90" and dtype is not torch.float32 and launch.arguments["SHRINKS"]:
+                assert_products_per_step(launch, ptx)
+
+
+def assert_products_per_step(launch: Launch, ptx: str) -> None:
+    """Of a step along K, in products of 16: as many of x with V_A as with W, each by its own columns."""
+    steps, columns, ranks = (launch.arguments[name] // 16 for name in ("INNER", "COLUMNS", "RANK_A"))
+    widths = [int(width) // 16 for width in re.findall(r"wgmma.mma_async\S*m64n(\d+)k16", ptx)]
+    after = len(widths) - 2 * steps  # what u_b takes at the end
+    assert widths.count(ranks) == steps and widths.count(columns) == steps + after, widths
 
 
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 16)])
