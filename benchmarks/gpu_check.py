@@ -42,9 +42,11 @@ TOOLS = ("memcheck", "racecheck")
 # Seconds.
 TOTAL_S = 510  # what is stopped then is gone and written down within ten more
 BUILD_S, FIRST_S, SANITIZER_S = 150, 90, 110  # at most; the measurements, and then all tests, take what is left
+BUILD_WITHOUT_CUDA_S = 50  # of those, kept for a second try
 LEAST_S = 15  # in less, no process gets to its first task
 TASK_S = 60  # one test or measurement
 GPU_BYTES_EACH = 4 << 30  # of a process
+MOST_WORKERS = 16
 
 
 class Check:
@@ -71,9 +73,11 @@ class Check:
 
     def build(self) -> None:
         """Without CUDA kernels if need be: Triton's serve every op."""
+        end = self.clock() + self.left(BUILD_S)
         for name, cuda in (("build", "on"), ("build without CUDA kernels", "off")):
             command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            ended = run(command, self.left(BUILD_S), self.folder / "build.log", ESSA_CUDA=cuda)
+            limit_s = end - self.clock() - (BUILD_WITHOUT_CUDA_S if cuda == "on" else 0)
+            ended = run(command, limit_s, self.folder / "build.log", ESSA_CUDA=cuda)
             result = {0: PASSED, None: NOT_FINISHED}.get(ended.status, FAILED)
             self.results.add(Step(name, result, last_line(ended.output), ended.seconds))
             self.results.add_failures(name, {}, [ended])
@@ -159,7 +163,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(0)
     device = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, torch {torch.__version__}, ESSA_TEST_SEED={seed}"
     results = Results(path, device)
-    workers = max(1, min(os.cpu_count() or 1, gpu.total_memory // GPU_BYTES_EACH))
+    workers = max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, gpu.total_memory // GPU_BYTES_EACH))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Check(results, Path(folder), workers).run()
     print(results.as_markdown())

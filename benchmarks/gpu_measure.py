@@ -38,6 +38,7 @@ def on_gpu(calls: Calls, found: Found) -> None:
             call()
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         all_calls(), all_calls()
     stream.synchronize()

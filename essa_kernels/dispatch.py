@@ -243,7 +243,7 @@ def explain(op: str | None = None) -> Explanation:
             lines.append(f"  {device_type} tensors:")
             lines += _explain_backends(name, device_type, backends)
             if OPS[name][0] in ("svd_lora", "lora_perturbed") and device_type in PREFERENCE_BEYOND_DECODE:
-                device = torch.device("cuda") if torch.cuda.is_available() else None
+                device = torch.device("cuda") if torch.cuda.is_initialized() else None
                 lines.append(f"  {device_type} tensors of more than {gpu.few_rows('cuda_kernels', device)} rows:")
                 lines += _explain_backends(name, device_type, PREFERENCE_BEYOND_DECODE[device_type])
         if name in CHOICES:

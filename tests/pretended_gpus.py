@@ -141,6 +141,7 @@ def pretended(monkeypatch):
         return Tensor if isinstance(value, OnGPU) else type(value)
 
     monkeypatch.setattr(essa_kernels.dispatch, "resolve", on_cpu)
+    monkeypatch.setattr(essa_kernels.dispatch, "unavailable", lambda *_: None)
     monkeypatch.setattr(essa_kernels.gpu, "architecture", lambda device: "sm_90")
     for module in (essa.models, essa_kernels.nn.model_weights):  # they tell plain tensors from quantised ones
         monkeypatch.setattr(module, "type", type_of, raising=False)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "dispatch": {"gpu"},
     "ops": {"dispatch", "gpu", "noise"},
     "env": {"dispatch", "noise"},
-    "nn": {"gpu", "public"},
+    "nn": {"dispatch", "gpu", "public"},
     "__init__": {"dispatch", "env", "noise", "ops"},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from essa_kernels import NoiseKey, gpu
+from essa_kernels import NoiseKey, dispatch, gpu
 from essa_kernels.nn import LoRAFactors, LowRankNoise, Perturbed, SVDLoRA, fused
 
 from .nn.conftest import SEVEN, build, build_base, perturbed
@@ -92,24 +92,28 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def hooked():
-    layer = nn.Linear(8, 8)
-    layer.register_forward_hook(lambda *_: None)
-    return layer
-
-
-def replaced():
-    layer = nn.Linear(8, 8)
-    layer.forward = layer.forward
-    return layer
-
-
-@pytest.mark.parametrize("make", [hooked, replaced, lambda: Doubled(8, 8), lambda: nn.Bilinear(8, 8, 8)])
-def test_a_layer_that_does_more_than_its_product_is_called(monkeypatch, make):
+def test_what_is_fused(monkeypatch):
     with pretended(monkeypatch):
-        assert fused.fused_rows_of_base(nn.Linear(8, 8).bfloat16().to("cuda:0")) == 32
-        assert not fused.fused_rows_of_base(nn.Linear(8, 8).to("cuda:0")), "float32 has no fast product in Triton"
-        assert not fused.fused_rows_of_base(make().bfloat16().to("cuda:0"))
+        layer = nn.Linear(8, 8).bfloat16().to("cuda:0")
+        assert fused.fused_rows(layer) == 32
+        assert not fused.fused_rows(nn.Linear(8, 8).to("cuda:0")), "float32 has no fast product in Triton"
+        assert not fused.fused_rows(Doubled(8, 8).bfloat16().to("cuda:0"))
+        monkeypatch.setattr(gpu, "architecture", lambda device: "sm_89")
+        assert not fused.fused_rows(layer), "an architecture of which nothing is known"
+        monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+        monkeypatch.setattr(dispatch, "unavailable", lambda backend, _: backend == "triton")
+        assert not fused.fused_rows(layer), "without Triton"
+
+
+def test_a_layer_that_does_more_than_its_product_is_called():
+    layer = nn.Linear(8, 8)
+    assert not fused.is_hooked(layer)
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert fused.is_hooked(layer)
+    hook.remove()
+    assert not fused.is_hooked(layer)
+    layer.forward = layer.forward
+    assert fused.is_hooked(layer)
 
 
 def test_what_is_left_to_the_layer(monkeypatch):

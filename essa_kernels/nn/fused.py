@@ -14,23 +14,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import gpu
+from .. import dispatch, gpu
 from .model_weights import is_plain
 
 
 def fused_rows(layer: nn.Module) -> int:
-    """For up to how many rows the layer is fused: 0 on a CPU, and for one that is not what `torch.nn.Linear` makes."""
+    """For up to how many rows the layer is fused: 0 on a CPU, on a GPU for which nothing says so, without Triton, and for
+    a layer that is not what `torch.nn.Linear` makes."""
     if type(layer) is not nn.Linear or not layer.weight.is_cuda or not is_plain(layer.weight):
         return 0
     if layer.weight.dtype not in (torch.bfloat16, torch.float16) or not layer.weight.is_contiguous():
         return 0
+    if dispatch.unavailable("triton", "cuda"):
+        return 0
     return gpu.few_rows("fused_layers", layer.weight.device)
-
-
-def fused_rows_of_base(layer: nn.Module) -> int:
-    """`fused_rows` of a layer that would be called: 0 if its call does more than its class's forward."""
-    is_hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return 0 if is_hooked else fused_rows(layer)
 
 
 def is_fused(layer: nn.Module, x: Tensor, rows: int) -> bool:
@@ -38,3 +35,8 @@ def is_fused(layer: nn.Module, x: Tensor, rows: int) -> bool:
     return (
         0 < x.numel() <= rows * x.shape[-1] and x.dtype is layer.weight.dtype and not torch.is_autocast_enabled("cuda")
     )
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a layer's call does more than its class's forward: then it is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import NoiseKey, es_update_, lora_perturbed, lora_perturbed_linear
 from .adapter_folder import write_adapter_folder
-from .fused import fused_rows_of_base, is_fused
+from .fused import fused_rows, is_fused, is_hooked
 from .lora_layers import check_active, find_lora_layers
 from .parametrization import Perturbed, member_ids, point_of
 from .population import Attaching, Forward, Population
@@ -51,7 +51,8 @@ class LoRAFactors(Attaching):
     def attach(self, members: Perturbed) -> Iterator[Population]:
         """Let the model compute these members; on leaving, it is exactly what it was.
 
-        Every adapted layer becomes its base layer, called as it is, plus the rows' own LoRA delta. The base layer's
+        Every adapted layer becomes its base layer, called as it is (or for few rows on a GPU fused with what follows, which
+        rounds once where the two round twice), plus the rows' own LoRA delta. The base layer's
         output is changed in place. There is no backward, and LoRA dropout is not applied.
 
         Yields:
@@ -114,11 +115,11 @@ class LoRAFactors(Attaching):
         ids, base_layer, offsets_for = member_ids(members, a.device), module.base_layer, population.offsets_for
         key = members.key.at(site=members.key.site + 2 * position)
         options = {"scaling": module.scaling[self._adapter_name], "distribution": self._distribution}
-        rows = fused_rows_of_base(base_layer)
+        rows = fused_rows(base_layer)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noise = (key, members.sigma, ids, offsets_for(x))
-            if rows and is_fused(base_layer, x, rows):
+            if rows and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
                 return lora_perturbed_linear(x, base_layer.weight, a, b, *noise, base_layer.bias, **options)
             y = base_layer(x, *args, **kwargs)
             if y.dtype is x.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
 from .factors import Factors
-from .fused import fused_rows_of_base, is_fused
+from .fused import fused_rows, is_fused, is_hooked
 
 # Layers of one module that its forward gives the same tensor.
 SHARED_INPUT = (
@@ -247,11 +247,11 @@ def _version(x: Tensor) -> int | None:
 
 def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forward:
     casts, take = shrink.casts, shrink.take
-    rows = fused_rows_of_base(base_layer)
+    rows = fused_rows(base_layer)
     fused = fused_forward(base_layer, shrink, position) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if fused and is_fused(base_layer, x, rows):
+        if fused and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
             return fused(x)
         y = base_layer(x, *args, **kwargs)
         _, u_b = casts[y.dtype]
@@ -262,11 +262,11 @@ def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forw
 
 def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Forward:
     casts, core, s_a, s_b, offsets_for = shrink.casts, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
-    rows = fused_rows_of_base(base_layer)
+    rows = fused_rows(base_layer)
     fused = fused_forward(base_layer, shrink, 0) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if fused and is_fused(base_layer, x, rows):
+        if fused and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
             return fused(x)
         y = base_layer(x, *args, **kwargs)
         v_a, (u_b,) = casts[x.dtype]

@@ -99,7 +99,8 @@ class SVDLoRA(Attaching):
     def attach(self, values: Tensor) -> Iterator[Population]:
         """Let the model compute a whole population; on leaving, the model is exactly what it was.
 
-        Every adapted layer becomes its base layer, called as it is, plus the rows' own LoRA delta, in the activations'
+        Every adapted layer becomes its base layer, called as it is (or for few rows on a GPU fused with what follows, which
+        rounds once where the two round twice), plus the rows' own LoRA delta, in the activations'
         dtype with float32 sums. The base layer's output is changed in place. There is no backward: run the model under
         ``torch.no_grad()`` or ``torch.inference_mode()``. LoRA dropout is not applied.
 

@@ -23,7 +23,7 @@ CONFIGS: Configs = json.loads(Path(__file__).with_name("configs.json").read_text
 IN_USE: dict[tuple[str, str], dict[str, int]] = {}
 """Architecture and kernel -> parameters, of what has been asked for since they last changed."""
 
-_captured: list[Tensor] = []
+_captured: dict[int, Tensor] = {}
 
 
 def config_of(arch: str, kernel: str) -> dict[str, int]:
@@ -69,18 +69,19 @@ def config(tensor: Tensor, kernel: str) -> dict[str, int]:
 def outlives_graphs(tensor: Tensor) -> Tensor:
     """Keep a cached tensor that a CUDA graph, if one is being captured, will read at its address whenever it is replayed."""
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(tensor)
+        _captured[id(tensor)] = tensor
     return tensor
 
 
 def sent_before_capture(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, to be kept; not waited for. A graph that is being captured cannot hold such a copy."""
+    """A CPU tensor on the device, to be kept. Waited for, so that every stream may read it, which no graph being captured
+    can hold."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, and tensors at these addresses are met for the first time: make the same call "
             "with them once before the capture"
         )
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -222,7 +222,7 @@ def _tiles_of(rows: int, cols: int, tile: int) -> int:
     return rows * triton.cdiv(cols, tile)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _table(
     entries: tuple[tuple[int, int, int, int], ...], tile: int, tiles_each: int, device: torch.device
 ) -> tuple[Tensor, int]:

@@ -266,7 +266,7 @@ def _factors(tensors: Sequence[Tensor]) -> Factors:
 
 
 # A kernel that adds the ranks before its adapter's in every case keeps fewer addresses in registers.
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**16)
 def _table(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
     """Addresses less the bytes of the adapters before, and their alignment. Kept: a model's adapters, two lists a layer,
     stay where they are."""

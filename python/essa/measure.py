@@ -83,11 +83,11 @@ def measure_rates(
 
 
 def prompt_of(tokenizer: Any, tokens: int) -> str:
-    """A text of so many tokens, or a few more where words have several."""
+    """A text of so many tokens, or a few less where words have several."""
     word = str(tokenizer.decode([len(tokenizer) // 2])) or " a"
     prompt, each = word, len(tokenizer(word)["input_ids"])
-    while (missing := tokens - len(tokenizer(prompt)["input_ids"])) > 0:
-        prompt += word * max(1, missing // each)
+    while (missing := tokens - len(tokenizer(prompt)["input_ids"])) >= each:
+        prompt += word * (missing // each)
     return prompt
 
 

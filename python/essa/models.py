@@ -20,7 +20,14 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from essa.config import DTYPES, InputError
 from essa.devices import check_spread, cross_between_blocks, pick_device
@@ -85,6 +92,8 @@ def load_base(
     config = quantization_config(quantization, target)
     reach_hub(name)
     try:
+        if attn_implementation is None:
+            _check_attention(name)
         if config is not None and _arrives_quantised(name, trust_remote_code):
             raise InputError(f"model_name_or_path {name!r} is quantised already: leave quantization at none")
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -107,6 +116,20 @@ def load_base(
         check_spread(model, name)
         cross_between_blocks(model)
     return model.eval(), tokenizer
+
+
+def _check_attention(name: str) -> None:
+    """Raise if the model's own configuration names an attention kernel on the hub, whose code would run."""
+    parts = [PretrainedConfig.get_config_dict(name)[0]]
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif key.endswith("attn_implementation") and "/" in str(value):
+                raise InputError(
+                    f"model_name_or_path {name!r}: its config.json brings in a kernel from the hub, {key} {value!r}; name an "
+                    "attn_implementation yourself"
+                )
 
 
 def _arrives_quantised(name: str, trust_remote_code: bool) -> bool:

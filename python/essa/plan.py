@@ -88,13 +88,13 @@ class Shape:
         return 4.0 * self.queries * tokens
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
+    def of(cls, config: Any, trust_remote_code: bool = False) -> Shape:
         """From a transformers configuration; the model is built without memory for its weights."""
         from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
         experts = [weight for name, weight in model.named_parameters() if of_routed_experts(name) and weight.dim() == 3]
@@ -335,7 +335,7 @@ def plan(
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"model_name_or_path {name!r} must be a decoder-only language model, got {config.model_type}")
     try:
-        shape = Shape.of(config)
+        shape = Shape.of(config, trust_remote_code)
     except (ValueError, AttributeError) as error:
         raise InputError(
             f"model_name_or_path {name!r} must be a causal language model, got {config.model_type}: {error}"

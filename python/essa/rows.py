@@ -71,7 +71,7 @@ def _read_jsonl(path: Path, argument: str) -> list[dict[str, Any]]:
                 continue
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # a number of too many digits is one too
                 raise InputError(f"{argument} {str(path)!r}, line {number}: not JSON ({error})") from error
     return rows
 
@@ -80,7 +80,9 @@ def _read_json(path: Path, argument: str) -> list[dict[str, Any]]:
     try:
         with _open(path) as text:
             rows = json.load(text)
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
         raise InputError(f"{argument} {str(path)!r}: not JSON ({error})") from error
     if not isinstance(rows, list):
         raise InputError(f"{argument} {str(path)!r}: must hold a list of objects, got {type(rows).__name__}")

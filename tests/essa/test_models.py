@@ -60,6 +60,16 @@ def test_pickled_weights_are_refused(base, adapter, tmp_path):
         load_base(str(folder))
 
 
+def test_a_configuration_that_brings_in_code_is_refused(tmp_path):
+    """transformers would fetch the kernel and run it, whatever trust_remote_code says."""
+    folder = shutil.copytree(BASE_MODEL, tmp_path / "base")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "somebody/attention"}))
+    with pytest.raises(InputError, match="brings in a kernel from the hub, attn_implementation 'somebody/attention'"):
+        load_base(str(folder))
+    load_base(str(folder), attn_implementation="sdpa")
+
+
 def test_a_damaged_adapter_is_named(base, adapter):
     weights = adapter / "adapter_model.safetensors"
     whole = weights.read_bytes()

@@ -43,6 +43,8 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
     [
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"', "line 2: not JSON"),
         ("a.json", "{", "not JSON"),
+        ("a.json", '[{"answer": ' + "1" * 5000 + "}]", "not JSON"),
+        ("a.jsonl", '{"answer": ' + "1" * 5000 + "}", "line 1: not JSON"),
         ("a.json", '{"prompt": "x"}', "must hold a list"),
         ("a.parquet", "PAR", "not a Parquet file"),
         ("a.jsonl", "", "is empty"),

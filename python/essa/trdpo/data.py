@@ -232,7 +232,7 @@ def _from_tldr(row: dict[str, Any], where: str) -> dict[str, Any]:
         prompt = f"{subreddit}{title}POST: {body}\n\nTL;DR:"
         if len(texts) != 2 or choice not in (0, 1):
             raise ValueError(f"there must be two summaries and a choice of 0 or 1, got {len(texts)} and {choice}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where} has TL;DR's columns, but not its content: {error!r}") from error
     chosen, rejected = (" " + texts[i].strip() for i in (choice, 1 - choice))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -93,6 +93,8 @@ def test_openais_summaries(tokenizer):
     assert [completion.tolist() for completion in example.completions] == tails(prompt, [" 56", " 4"], tokenizer)
     with pytest.raises(InputError, match="row 0 has TL;DR's columns, but not its content"):
         read([{**row, "choice": 2}], tokenizer)
+    with pytest.raises(InputError, match="row 0 has TL;DR's columns, but not its content"):
+        read([{**row, "info": None}], tokenizer)
 
 
 def test_judged_rows_and_pairs_for_kto(tokenizer):
