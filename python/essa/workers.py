@@ -56,6 +56,7 @@ class Worker:
     Attributes:
         actor: the handle.
         starting: what says that its model is loaded; None once it is.
+        attempt: how many in a row, with itself, tried to load their model in its place.
         told: how many generations of the history it has been sent.
         heard: how many of the news about the generation that is asked about.
         sent: bytes of the requests, news and answers since the traffic was last counted.
@@ -64,6 +65,7 @@ class Worker:
 
     actor: Any
     starting: Any
+    attempt: int = 1
     told: int = 0
     heard: int = 0
     sent: int = 0
@@ -215,12 +217,12 @@ class Workers:
             raise InputError(f"{worker}, but no node of Ray's has that; the most of a node are {largest}")
         logger.warning("%s: there is room for %d of num_workers %d, the others wait for more", worker, room, wanted)
 
-    def _new_worker(self) -> Worker:
+    def _new_worker(self, attempt: int = 1) -> Worker:
         import ray
 
         takes, replica = self._takes(), cast(Any, ray.remote(Replica))
         actor = replica.options(num_cpus=takes["CPU"], num_gpus=takes["GPU"]).remote(self._recipe)
-        return Worker(actor, actor.start.remote())
+        return Worker(actor, actor.start.remote(), attempt)
 
     def _wait_for_one(self) -> None:
         """Until a worker has loaded its model. One that died, before it could, is replaced once there is work."""
@@ -255,7 +257,8 @@ class Workers:
         purpose = object()
         while len(replies) < len(jobs):
             for worker in self._idle():
-                rows = self._next_job(worker, waiting) or self._late_job(purpose, replies, took)
+                limit = max(LATE_SECONDS, LATE_TIMES * statistics.median(took)) if took else math.inf
+                rows = self._next_job(worker, waiting, purpose, limit) or self._late_job(purpose, replies, limit)
                 if rows is not None:
                     self._running[self._send(worker, method, rows)] = Job(worker, rows, purpose)
             starting = {worker.starting: worker for worker in self._workers if worker.starting is not None}
@@ -276,6 +279,8 @@ class Workers:
                     continue
                 if reference in starting:
                     starting[reference].starting = None
+                    for worker in self._workers:
+                        worker.attempt = 1
                     continue
                 job = self._running.pop(reference)
                 job.worker.sent += len(reply)
@@ -289,13 +294,20 @@ class Workers:
         busy = [job.worker for job in self._running.values()]
         return [worker for worker in self._workers if worker.starting is None and worker not in busy]
 
-    def _next_job(self, worker: Worker, waiting: collections.deque[range]) -> range | None:
-        """The first job that is nobody's, or this worker's, because it gave the answers that the job is about."""
-        for job in waiting:
-            owner = self._owners.get(job)
-            if owner is None or owner is worker or owner not in self._workers:
-                waiting.remove(job)
-                return job
+    def _next_job(
+        self, worker: Worker, waiting: collections.deque[range], purpose: object, limit: float
+    ) -> range | None:
+        """The first job that is nobody's, or this worker's, because it gave the answers that the job is about; if there is
+        none, the first of a worker that is stuck: at what others answered before this was asked, or at it beyond the limit.
+        """
+        now = time.monotonic()
+        stuck = [job.worker for job in self._running.values() if job.purpose is not purpose or now - job.since > limit]
+        others = [owner for owner in self._workers if owner is not worker]
+        for held in (others, [owner for owner in others if owner not in stuck]):
+            for job in waiting:
+                if self._owners.get(job) not in held:
+                    waiting.remove(job)
+                    return job
         return None
 
     def _send(self, worker: Worker, method: str, job: range) -> Any:
@@ -309,20 +321,32 @@ class Workers:
         worker.sent += len(request) + sum(map(len, news))
         return getattr(worker.actor, method).remote(request, news)
 
-    def _late_job(self, purpose: object, replies: dict[range, Any], took: list[float]) -> range | None:
-        """Rows that a worker has been at for much longer than is usual, and no other worker is."""
+    def _late_job(self, purpose: object, replies: dict[range, Any], limit: float) -> range | None:
+        """Rows that a worker has been at for longer than the limit, and no other worker is."""
         at_work = [job for job in self._running.values() if job.purpose is purpose and job.rows not in replies]
         many = collections.Counter(job.rows for job in at_work)
-        limit = max(LATE_SECONDS, LATE_TIMES * statistics.median(took)) if took else math.inf
         late = [job.rows for job in at_work if time.monotonic() - job.since > limit and many[job.rows] == 1]
         return late[0] if late else None
 
     def _replace(self, worker: Worker, purpose: object, error: Exception) -> list[range]:
-        """Put a new worker in the place of one that died, and return the rows it was at."""
+        """Put a new worker in the place of one that died, and return the rows it was at.
+
+        Raises:
+            WorkerError: as its predecessors did, it died while loading its model.
+        """
         self.lost += 1
-        logger.warning("a worker died, another takes its place: %s", str(error).strip().splitlines()[0])
+        reason = str(error).strip().splitlines()[0]
+        attempt = 1
+        if worker.starting is not None:
+            if worker.attempt == ATTEMPTS:
+                raise WorkerError(
+                    f"{ATTEMPTS} workers in a row died while loading their model; is there enough memory for "
+                    f"num_workers {self._recipe.args.num_workers} copies of it? The last: {reason}"
+                ) from error
+            attempt = worker.attempt + 1
+        logger.warning("a worker died, another takes its place: %s", reason)
         _kill(worker)
-        self._workers[self._workers.index(worker)] = self._new_worker()
+        self._workers[self._workers.index(worker)] = self._new_worker(attempt)
         lost = [job for job in self._running.values() if job.worker is worker]
         self._running = {reference: job for reference, job in self._running.items() if job.worker is not worker}
         return [job.rows for job in lost if job.purpose is purpose]

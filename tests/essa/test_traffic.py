@@ -1,8 +1,11 @@
-"""What drivers and workers send each other is little, whatever the rewards, and says exactly what was told."""
+"""What drivers and workers send each other is little, whatever the rewards, and says exactly what was told; and what becomes
+of workers that die or hang, without Ray."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +15,14 @@ from essa import workers
 from essa.checkpoint import Run
 from essa.chunks import Chunk, places_of
 from essa.messages import pack, unpack
+from essa.replica import WorkerError
 from essa.rewards import Answer
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray", allow_module_level=True)
 
 LIMIT = 65536
+HANGS = object()  # the answer that never comes
 SETTINGS = {
     "cma": {"strategy": "cma", "prompts_per_generation": 100},
     "es": {"strategy": "es", "prompts_per_generation": 100},
@@ -53,12 +58,16 @@ def random_answers(monkeypatch):
 
 @pytest.fixture
 def ray_in_this_process(monkeypatch):
-    """Ray as `Workers` uses it, but its actors are plain objects that answer at once."""
+    """Ray as `Workers` uses it, but its actors are plain objects that answer at once, unless with `HANGS`. An actor that
+    answers with an error has died of it."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for tests after this one: Ray reads it once
     import ray
+
+    serial = itertools.count()
 
     class Reference:
         def __init__(self, reply):
-            self.reply = reply
+            self.reply, self.serial = reply, next(serial)
 
     def method(function):
         return SimpleNamespace(remote=lambda *arguments: Reference(function(*arguments)))
@@ -73,11 +82,25 @@ def ray_in_this_process(monkeypatch):
     def remote(kind):
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *given: Actor(kind, *given)))
 
+    waits = []
+
+    def wait(references, **_):
+        ready = [reference for reference in references if reference.reply is not HANGS]
+        ready = sorted(ready, key=lambda reference: reference.serial)[:1]
+        waits[:] = [] if ready else [*waits, None]
+        assert len(waits) < 100, "nobody works"
+        return ready, [reference for reference in references if reference not in ready]
+
+    def get(reference):
+        if isinstance(reference.reply, Exception):
+            raise reference.reply
+        return reference.reply
+
     nodes = [{"Resources": {"CPU": 64}, "Alive": True}]
     for name, replacement in {
         "remote": remote,
-        "wait": lambda references, **_: (references[:1], references[1:]),
-        "get": lambda reference: reference.reply,
+        "wait": wait,
+        "get": get,
         "kill": lambda actor: None,
         "nodes": lambda: nodes,
         "cluster_resources": lambda: nodes[0]["Resources"],
@@ -122,6 +145,72 @@ def test_what_a_resumed_worker_missed_is_counted_apart(search_of_96, name):
     assert "catch_up_bytes" in records[6] and "catch_up_bytes" not in records[7]
     missed = f"{records[6]['catch_up_bytes']:,}"
     assert missed in Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """Makes a method of replicas answer with what `special` returns, where that is anything."""
+
+    def replace(method, special):
+        original = getattr(workers.Replica, method)
+
+        def replaced(replica, *arguments):
+            answer = special(replica)
+            return original(replica, *arguments) if answer is None else answer
+
+        monkeypatch.setattr(workers.Replica, method, replaced)
+
+    return replace
+
+
+def test_workers_that_die_while_loading_end_the_run(search_of_96, replies):
+    from ray.exceptions import ActorDiedError
+
+    starts = []
+
+    def dies(replica):
+        starts.append(replica)
+        assert len(starts) < 100, "replaced for ever"
+        return ActorDiedError()
+
+    replies("start", dies)
+    message = (
+        r"5 workers in a row died while loading .* memory for num_workers 3 copies of it\? The last: The actor died"
+    )
+    with pytest.raises(WorkerError, match=message):
+        search_of_96("run", num_workers=3)
+    assert len(starts) <= 3 * workers.ATTEMPTS
+
+
+def test_a_worker_that_loads_its_model_at_last_lets_the_run_go_on(search_of_96, replies):
+    from ray.exceptions import ActorDiedError
+
+    _, _, found = search_of_96("alone", **SETTINGS["zo-grpo"])
+    fails = (workers.ATTEMPTS - 1) * [True] + [False]
+    starts, evaluations = iter(2 * fails), iter([False, True] + 100 * [False])
+    replies("start", lambda replica: ActorDiedError() if next(starts) else None)
+    replies("evaluate", lambda replica: ActorDiedError() if next(evaluations) else None)
+    trainer, _, own = search_of_96("run", **SETTINGS["zo-grpo"], num_workers=1)
+    assert own == found and trainer._workers.lost == 2 * sum(fails) + 1 and not list(starts)
+
+
+@pytest.mark.parametrize(
+    "method, good", [("evaluate", 0), ("evaluate", 1), ("evaluate", 3), ("score", 0), ("score", 1)]
+)
+def test_what_a_worker_that_hangs_had_answered_is_scored_by_another(search_of_96, replies, monkeypatch, method, good):
+    """It hangs at its request after `good` ones."""
+    _, _, found = search_of_96("alone", **SETTINGS["zo-grpo"])
+    monkeypatch.setattr(workers, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "LATE_TIMES", 0.0)
+    asked = []
+
+    def hangs(replica):
+        asked.append(replica)
+        return HANGS if replica is asked[0] and asked.count(replica) > good else None
+
+    replies(method, hangs)
+    _, _, own = search_of_96("run", **SETTINGS["zo-grpo"], num_workers=2)
+    assert own == found and asked.count(asked[0]) == good + 1
 
 
 def test_missed_generations_come_in_slices():
