@@ -29,7 +29,7 @@ from essa.config import InputError
 from essa.data import DataSettings, absolute
 from essa.models import load_adapter, load_base, lora_config
 from essa.recorded import resume_command
-from essa.trdpo.checkpoints import whole_checkpoints
+from essa.trdpo.checkpoints import parts_of_checkpoints, whole_checkpoints
 from essa.trdpo.config import TRDPOConfig
 from essa.trdpo.settings import NEW_ADAPTER, CommandSettings
 from essa.trdpo.trainer import TRDPOTrainer, check_attention
@@ -125,11 +125,14 @@ def run_trdpo(
     kind = "model" if settings.lora_r == 0 else "adapter"
     make_folder(folder)
     with alone_in(folder) if args.should_save else contextlib.nullcontext():
-        if starts_over:
-            say(f"{folder} holds a run that was ended before its first checkpoint: it starts over")
-            _remove_parts(folder)
         try:
-            write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
+            if args.should_save:
+                _refuse_since_written(folder, resumes=resumes, starts_over=starts_over)
+                if starts_over:
+                    say(f"{folder} holds a run that was ended before its first checkpoint: it starts over")
+                    _remove_parts(folder)
+                write_atomically(folder / COMMAND_FILE, json.dumps(command, indent=2) + "\n")
+            trainer.accelerator.wait_for_everyone()
             trainer.train(resume_from_checkpoint=resumes)
             if args.should_save:
                 write_folder(folder / kind, lambda fresh: trainer.save_model(str(fresh)))
@@ -193,9 +196,15 @@ def _never_saved(folder: Path) -> bool:
     return (folder / COMMAND_FILE).is_file() and not results and not whole_checkpoints(folder)
 
 
+def _refuse_since_written(folder: Path, *, resumes: bool, starts_over: bool) -> None:
+    """Raise `InputError` if another process trained in a folder while this one, without its lock, loaded the model."""
+    if not resumes and (not starts_over or not _never_saved(folder)):
+        refuse_existing(folder, COMMAND_FILE)
+
+
 def _remove_parts(folder: Path) -> None:
     """Take away checkpoints that were not written to the end: a trainer that deletes old ones would count them."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in parts_of_checkpoints(folder):
         shutil.rmtree(checkpoint)
 
 

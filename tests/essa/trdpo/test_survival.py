@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from essa.checkpoint import SaveError, alone_in, write_folder
 from essa.cli import app
 from essa.config import InputError
 from essa.demo.task import write_jsonl
 from essa.demo.warm_start import BASE_MODEL
-from essa.trdpo import TRDPOTrainer
+from essa.trdpo import TRDPOConfig, TRDPOTrainer
+from essa.trdpo import command as essa_command
 from essa.trdpo.checkpoints import damage, last_sound_checkpoint, whole_checkpoints
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from typer.testing import CliRunner
@@ -103,6 +106,56 @@ def test_a_second_process_is_kept_out(command, tmp_path):
         result = essa(*command, "--output_dir", tmp_path / "run")
     assert result.exit_code == 2 and "is in use by another process" in result.stderr
     assert not (tmp_path / "run/trdpo.json").exists()
+
+
+@pytest.mark.parametrize(("was", "resume"), [("cut short", False), ("cut short", True), ("not there", False)])
+def test_what_another_process_saved_meanwhile_is_kept(command, finished, tmp_path, monkeypatch, was, resume):
+    """The folder is looked at before the model is loaded; meanwhile another process trains there, and ends."""
+    run, loads = tmp_path / "run", essa_command.load_base
+    if was == "cut short":
+        (run / "checkpoint-3").mkdir(parents=True)
+        shutil.copy(finished / "trdpo.json", run)
+
+    def load(*arguments, **options):
+        shutil.copytree(finished, run, dirs_exist_ok=True)
+        shutil.rmtree(run / "adapter")
+        return loads(*arguments, **options)
+
+    monkeypatch.setattr(essa_command, "load_base", load)
+    result = essa(*(["trdpo", "--resume_from_checkpoint", run] if resume else [*command, "--output_dir", run]))
+    assert result.exit_code == 2 and "already holds a run; resume it with" in result.stderr, result.output
+    assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-3", "checkpoint-6"]
+    assert last_sound_checkpoint(run).name == "checkpoint-6"
+    assert (run / "trdpo.json").read_bytes() == (finished / "trdpo.json").read_bytes()
+
+
+def test_a_run_that_starts_over_removes_only_its_own_parts(command, tmp_path, finished):
+    run = tmp_path / "run"
+    for name in ("checkpoint-3", "checkpoint-best", "checkpoint-best-4"):
+        (run / name).mkdir(parents=True)
+        (run / name / "part").touch()
+    (run / "checkpoint-best-4" / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-notes.txt").write_text("mine")
+    (run / "checkpoint-9").write_text("a file")
+    shutil.copy(finished / "trdpo.json", run)
+    assert not whole_checkpoints(run)
+    result = essa(*command, "--output_dir", run)
+    assert result.exit_code == 0 and "it starts over" in result.output, result.output
+    assert not (run / "checkpoint-3/part").exists() and (run / "checkpoint-9").read_text() == "a file"
+    assert (run / "checkpoint-best/part").exists() and (run / "checkpoint-best-4/part").exists()
+    assert (run / "checkpoint-notes.txt").read_text() == "mine"
+
+
+def test_of_several_processes_only_the_one_that_saves_removes_parts(command, tmp_path, finished, monkeypatch):
+    run, waited = tmp_path / "run", []
+    (run / "checkpoint-3").mkdir(parents=True)
+    shutil.copy(finished / "trdpo.json", run)
+    monkeypatch.setattr(TRDPOConfig, "should_save", False)
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda _: waited.append((run / "checkpoint-3").exists()))
+    monkeypatch.setattr(TRDPOTrainer, "train", lambda *_, **__: waited.append("trains"))
+    before = (run / "trdpo.json").stat().st_mtime_ns
+    assert essa(*command, "--no_report", "--output_dir", run).exit_code == 0
+    assert waited == [True, "trains"] and (run / "trdpo.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -218,6 +271,68 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, finished, c
     assert result.exit_code == 2 and f"of the first, checkpoint-3, {name} is damaged: " in result.stderr
 
 
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_lacks_a_file_is_left_out(run, caplog, name):
+    (run / "checkpoint-6" / name).unlink()
+    assert last_sound_checkpoint(run) == run / "checkpoint-3"
+    assert f"it has no {name}" in caplog.text or name == "trainer_state.json", caplog.text
+    (run / "checkpoint-3" / name).unlink()
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be resumed from|no checkpoint to resume"):
+        last_sound_checkpoint(run)
+
+
+def test_of_a_whole_model_every_part_must_be_there(make, tmp_path):
+    make(whole=True, save_strategy="steps", save_steps=8).train()
+    checkpoint = tmp_path / "run/checkpoint-8"
+    assert damage(checkpoint) is None
+    (checkpoint / "model.safetensors").unlink()
+    assert (
+        damage(checkpoint) == "it has no adapter_model.safetensors, model.safetensors or model.safetensors.index.json"
+    )
+    make_model().save_pretrained(checkpoint, max_shard_size="20KB")
+    parts = sorted(checkpoint.glob("model-*.safetensors"))
+    assert len(parts) > 1 and damage(checkpoint) is None
+    for part in parts:
+        content = part.read_bytes()
+        part.unlink()
+        assert damage(checkpoint) == f"it has no {part.name}"
+        part.write_bytes(content)
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    assert damage(checkpoint) == "model.safetensors.index.json is damaged: it names no files"
+
+
+def test_every_adapter_must_be_there(make, tmp_path, lora):
+    model = get_peft_model(make_model(), lora, adapter_name="policy")
+    make(model, save_strategy="steps", save_steps=8).train()
+    checkpoint = tmp_path / "run/checkpoint-8"
+    assert damage(checkpoint) is None
+    cut(checkpoint / "policy/adapter_model.safetensors")
+    assert str(damage(checkpoint)).startswith("policy/adapter_model.safetensors is damaged: ")
+    (checkpoint / "policy/adapter_model.safetensors").unlink()
+    assert damage(checkpoint) == "it has no policy/adapter_model.safetensors"
+
+
+def test_random_states_of_several_processes_are_all_there(run):
+    checkpoint = run / "checkpoint-6"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    for number in (1, 2):
+        shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / f"rng_state_{number}.pth")
+    assert damage(checkpoint) is None
+    (checkpoint / "rng_state_1.pth").unlink()
+    assert damage(checkpoint) == "it has no rng_state_1.pth"
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_a_run_may_save_only_the_model(make, tmp_path, only):
+    make(save_strategy="steps", save_steps=8, save_only_model=only).train()
+    checkpoint = tmp_path / "run/checkpoint-8"
+    assert damage(checkpoint) is None
+    assert (checkpoint / "optimizer.pt").exists() != only
+    if only:
+        (checkpoint / "training_args.bin").unlink()
+        assert damage(checkpoint) == "it has no optimizer.pt"
+
+
 def test_a_checkpoint_asked_for_by_name_is_not_replaced(make, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     make(**saving).train()
@@ -225,7 +340,7 @@ def test_a_checkpoint_asked_for_by_name_is_not_replaced(make, tmp_path):
     with pytest.raises(InputError, match=r"optimizer.pt is damaged: .*; the checkpoint before it is '.*checkpoint-4'"):
         make(**saving).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-8"))
     (tmp_path / "run/checkpoint-4/scheduler.pt").unlink()
-    with pytest.raises(InputError, match=r"has only one of optimizer.pt and scheduler.pt"):
+    with pytest.raises(InputError, match=r"cannot be resumed from: it has no scheduler.pt$"):
         make(**saving).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     shutil.rmtree(tmp_path / "run/checkpoint-8")
