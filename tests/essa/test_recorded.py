@@ -31,7 +31,9 @@ def evil(tmp_path, monkeypatch):
     model = shutil.copytree(BASE_MODEL, tmp_path / "evil-model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil_config.Config"}}))
-    (model / "evil_config.py").write_text(code + "from transformers import LlamaConfig as Config\n")
+    (model / "evil_config.py").write_text(
+        code + "from transformers import LlamaConfig\nclass Config(LlamaConfig): pass\n"
+    )
     yield ran
     sys.modules.pop("evil", None)
 
