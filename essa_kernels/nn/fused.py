@@ -11,11 +11,16 @@ at 6 TB/s less than 94 us, about 105, and 133, where launches of their own come 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch, gpu
 from .model_weights import is_plain
+
+Forward = Callable[..., Tensor]
 
 
 def fused_rows(layer: nn.Module) -> int:
@@ -40,3 +45,20 @@ def is_fused(layer: nn.Module, x: Tensor, rows: int) -> bool:
 def is_hooked(layer: nn.Module) -> bool:
     """Whether a layer's call does more than its class's forward: then it is called."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)
+
+
+def fused_base(
+    base_layer: nn.Module, forward: Forward, make_fused: Callable[[], Callable[[Tensor], Tensor]]
+) -> Forward:
+    """The forward of an adapted layer, which calls its base layer unless both are one kernel's: what `make_fused` makes."""
+    rows = fused_rows(base_layer)
+    if not rows:
+        return forward
+    fused = make_fused()
+
+    def either(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_fused(base_layer, x, rows) and not is_hooked(base_layer):
+            return fused(x)
+        return forward(x, *args, **kwargs)
+
+    return either

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import NoiseKey, es_update_, lora_perturbed, lora_perturbed_linear
 from .adapter_folder import write_adapter_folder
-from .fused import fused_rows, is_fused, is_hooked
+from .fused import fused_base
 from .lora_layers import check_active, find_lora_layers
 from .parametrization import Perturbed, member_ids, point_of
 from .population import Attaching, Forward, Population
@@ -115,15 +115,16 @@ class LoRAFactors(Attaching):
         ids, base_layer, offsets_for = member_ids(members, a.device), module.base_layer, population.offsets_for
         key = members.key.at(site=members.key.site + 2 * position)
         options = {"scaling": module.scaling[self._adapter_name], "distribution": self._distribution}
-        rows = fused_rows(base_layer)
+
+        def fused(x: Tensor) -> Tensor:
+            noise = (key, members.sigma, ids, offsets_for(x))
+            return lora_perturbed_linear(x, base_layer.weight, a, b, *noise, base_layer.bias, **options)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            noise = (key, members.sigma, ids, offsets_for(x))
-            if rows and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
-                return lora_perturbed_linear(x, base_layer.weight, a, b, *noise, base_layer.bias, **options)
             y = base_layer(x, *args, **kwargs)
+            noise = (key, members.sigma, ids, offsets_for(x))
             if y.dtype is x.dtype:
                 return lora_perturbed(x, a, b, *noise, y=y, **options)
             return y.add_(lora_perturbed(x, a, b, *noise, **options))
 
-        return forward
+        return fused_base(base_layer, forward, lambda: fused)

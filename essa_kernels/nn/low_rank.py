@@ -20,8 +20,9 @@ class LowRankNoise(Attaching, Weights):
     """The weights of a model's linear layers, each member's with low-rank noise of its own.
 
     While a population is attached a layer computes ``x W^T`` as ever, and `lowrank_perturbed` adds each row's noise, or one
-    kernel does both (`fused`); the weights themselves change only between generations. The output layer is left as it is, since it is often the
-    embedding too, and so are routed experts, whose rows cannot be told apart by member, and what text does not go through.
+    kernel does both (`fused`); the weights themselves change only between generations. The output layer is left as it is,
+    since it is often the embedding too, and so are routed experts, whose rows cannot be told apart by member, and what text
+    does not go through.
 
     Args:
         model: a transformers model without adapters.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import svd_lora, svd_lora_expand_, svd_lora_linear, svd_lora_shrink
 from .factors import Factors
-from .fused import fused_rows, is_fused, is_hooked
+from .fused import Forward, fused_base
 
 # Layers of one module that its forward gives the same tensor.
 SHARED_INPUT = (
@@ -21,9 +22,6 @@ SHARED_INPUT = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-
-
-Forward = Callable[..., Tensor]
 
 
 class Population:
@@ -177,13 +175,14 @@ class Projections:
         s_a = torch.cat([values[:, layer.columns_a] for layer in self.layers], 1).to(device)
         s_b = torch.cat([values[:, layer.columns_b] for layer in self.layers], 1).to(device)
         shrink = Shrink(population, self, device, self.core.to(device), s_a, s_b)
-        if len(self.layers) == 1:
-            (layer,) = self.layers
-            return [(layer.name, layer.module, lone_forward(layer.module.base_layer, shrink))]
-        return [
-            (layer.name, layer.module, shared_forward(layer.module.base_layer, shrink, position))
-            for position, layer in enumerate(self.layers)
-        ]
+        found: list[tuple[str, nn.Module, Forward]] = []
+        for position, layer in enumerate(self.layers):
+            base_layer = layer.module.base_layer
+            alone = len(self.layers) == 1
+            forward = lone_forward(base_layer, shrink) if alone else shared_forward(base_layer, shrink, position)
+            make_fused = functools.partial(fused_forward, base_layer, shrink, position)
+            found.append((layer.name, layer.module, fused_base(base_layer, forward, make_fused)))
+        return found
 
 
 class Shrink:
@@ -247,12 +246,8 @@ def _version(x: Tensor) -> int | None:
 
 def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forward:
     casts, take = shrink.casts, shrink.take
-    rows = fused_rows(base_layer)
-    fused = fused_forward(base_layer, shrink, position) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if fused and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
-            return fused(x)
         y = base_layer(x, *args, **kwargs)
         _, u_b = casts[y.dtype]
         return svd_lora_expand_(y, take(position, x), u_b[position])
@@ -262,12 +257,8 @@ def shared_forward(base_layer: nn.Module, shrink: Shrink, position: int) -> Forw
 
 def lone_forward(base_layer: nn.Module, shrink: Shrink) -> Forward:
     casts, core, s_a, s_b, offsets_for = shrink.casts, shrink.core, shrink.s_a, shrink.s_b, shrink.offsets_for
-    rows = fused_rows(base_layer)
-    fused = fused_forward(base_layer, shrink, 0) if rows else None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if fused and is_fused(base_layer, x, rows) and not is_hooked(base_layer):
-            return fused(x)
         y = base_layer(x, *args, **kwargs)
         v_a, (u_b,) = casts[x.dtype]
         if y.dtype is x.dtype:
