@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from essa.demo import task
 from essa.demo.warm_start import BASE_MODEL
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}?{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 )
+
+
+@pytest.fixture
+def one_thread():
+    """As the workers have. And a forked child has the parent's memory but not its threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

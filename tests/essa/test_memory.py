@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +42,6 @@ def toy_model(parametrization: str) -> torch.nn.Module:
 def any_reward(completions: list[str], **columns: object) -> list[float]:
     """Members that all fared alike would leave the noise unused."""
     return [random.random() for _ in completions]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from essa.checkpoint import Run
 from essa.chunks import places_of
 from essa.config import ESSAConfig, InputError
@@ -29,6 +28,7 @@ from .ray_workers import replicas
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,6 @@ def own_ray():
     import ray
 
     ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the workers have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def adapter(trainer) -> bytes:

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from .conftest import make_model, make_pairs
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 SMALL = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--ref_model_sync_steps", "2", "--device", "cpu"]
 SMALL += ["--learning_rate", "1e-3", "--save_steps", "3", "--lora_r", "4"]
 
@@ -44,15 +44,6 @@ def essa(*arguments):
 def command(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", make_pairs(30))
     return ["trdpo", "--model_name_or_path", BASE_MODEL, "--dataset_name", tmp_path / "pairs.jsonl", *SMALL]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked child has the parent's memory but not its threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def in_a_child(act) -> int:
