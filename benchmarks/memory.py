@@ -12,6 +12,7 @@ not grow with them must come out the same. GRPO trains the same LoRA, or all wei
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -99,26 +100,32 @@ def weights(folder: str) -> Work:
 
 
 def essa(parametrization: str, population: int, folder: str) -> Work:
-    """A generation, but for what is written of it. A member answers two prompts, so that eight fill a batch."""
+    """A generation, but for what is written of it, after a small one that warms everything up. A member answers two prompts,
+    so that eight fill a batch."""
     from essa import ESSAConfig, ESSATrainer
 
     from benchmarks.methods import peak_of_a_generation
 
     model, tokenizer = build()
-    args = ESSAConfig(
-        folder,
-        parametrization=parametrization,
-        strategy="cma-diagonal" if parametrization == "svd" else "es",
-        population_size=population,
-        prompts_per_generation=2,
-        generations=1,
-        max_new_tokens=NEW_TOKENS,
-        row_budget=ROWS,
-        progress=False,
-    )
     model = with_lora(model) if parametrization in ("svd", "lora") else model
-    trainer = ESSATrainer(model, any_reward, args, prompts(), processing_class=tokenizer)
-    return partial(peak_of_a_generation, trainer)
+
+    def search(members: int) -> Any:
+        args = ESSAConfig(
+            folder,
+            parametrization=parametrization,
+            strategy="cma-diagonal" if parametrization == "svd" else "es",
+            population_size=members,
+            prompts_per_generation=2,
+            generations=1,
+            max_new_tokens=NEW_TOKENS,
+            row_budget=ROWS,
+            progress=False,
+        )
+        return ESSATrainer(model, any_reward, args, prompts(), processing_class=tokenizer)
+
+    peak_of_a_generation(search(min(POPULATIONS)))
+    gc.collect()
+    return partial(peak_of_a_generation, search(population))
 
 
 def grpo(lora: bool, folder: str) -> Work:
@@ -192,7 +199,7 @@ def table(results: dict[str, Any]) -> str:
     base, loaded = peaks["libraries alone"], peaks["weights"]
     lines = [
         (
-            "Largest resident size of a process, from when its trainer is ready, random Qwen2 0.5 B in bfloat16, CPU; one "
+            "Largest resident size of a process, from when its trainer is ready (an ESSA's, after a first generation), random Qwen2 0.5 B in bfloat16, CPU; one "
             f"generation or step of {ROWS} completions to a batch, prompts of {PROMPT_WORDS} tokens, {NEW_TOKENS} new ones. "
             "A member of a population answers two prompts; singular values are searched by cma-diagonal, all else by es; of full "
             "weights one member is computed at a time. "

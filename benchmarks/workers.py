@@ -3,9 +3,9 @@
     python -m benchmarks.workers
 
 A random model of 0.5 B shapes in bfloat16, a thread to a worker; CMA-ES with a chunk of sequences for each of several
-rounds. The first generation of a run is left out: workers load and kernels get warm in it. The driver's share is its
-own processor time during the other generations against their duration. The plan is that of `essa plan --gpu measure`, run
-before.
+rounds. Runs without workers, of one and of two take turns, so that whatever else the machine does slows all of them. The
+first generation of a run is left out: workers load and kernels get warm in it. The driver's share is its own processor time
+during the other generations against their duration. The plan is that of `essa plan --gpu measure`, run before.
 
 Bytes do not depend on the model, for nothing of it crosses the network: those of a run of ESSA's size, 96 members x 100
 prompts, are measured on the demo's model, with rewards of 0 and 1 and with random ones, which no two completions share; and
@@ -39,6 +39,7 @@ from benchmarks.memory import build, no_reward, with_lora
 
 RESULTS = Path(__file__).parent / "results" / "workers"
 MEMBERS, PROMPTS, ROWS, WORDS, NEW_TOKENS, GENERATIONS = 8, 4, 8, 32, 8, 4
+TURNS = 3
 
 
 class Clock(TrainerCallback):
@@ -58,10 +59,10 @@ def prompts() -> list[dict[str, str]]:
     return [{"prompt": f"{number % 10}" * WORDS} for number in range(16)]
 
 
-def measure(folder: Path, workers: int) -> dict[str, Any]:
+def measure(folder: Path, workers: int, turn: int) -> dict[str, Any]:
     clock = Clock()
     args = ESSAConfig(
-        str(folder / f"run{workers}"),
+        str(folder / f"run{workers}_{turn}"),
         strategy="cma-diagonal",
         population_size=MEMBERS,
         prompts_per_generation=PROMPTS,
@@ -78,10 +79,25 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
     return {
         "workers": workers,
         "seconds": seconds,
-        "driver_share": sum(clock.seconds[1:]) / sum(seconds),
+        "driver_seconds": sum(clock.seconds[1:]),
         "bytes_per_worker": max(record.get("bytes_per_worker", 0) for record in steps),
         "adapter": (Path(args.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes().hex()[-64:],
     }
+
+
+def measure_in_turns(folder: Path) -> list[dict[str, Any]]:
+    """What was measured with no, one and two workers, over all turns."""
+    turns = [[measure(folder, workers, turn) for workers in (0, 1, 2)] for turn in range(TURNS)]
+    return [
+        {
+            "workers": runs[0]["workers"],
+            "seconds": [seconds for run in runs for seconds in run["seconds"]],
+            "driver_share": sum(run["driver_seconds"] for run in runs) / sum(sum(run["seconds"]) for run in runs),
+            "bytes_per_worker": max(run["bytes_per_worker"] for run in runs),
+            "adapters": sorted({run["adapter"] for run in runs}),
+        }
+        for runs in zip(*turns, strict=True)
+    ]
 
 
 def right_or_wrong(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -161,7 +177,8 @@ def table(results: dict[str, Any]) -> str:
         (
             f"A random Qwen2 of 0.5 B shapes in bfloat16 on a CPU with two cores, one thread to a worker, {MEMBERS} members x "
             f"{PROMPTS} prompts of {WORDS} tokens, {NEW_TOKENS} new tokens, {ROWS} sequences to a chunk; medians of "
-            f"{GENERATIONS - 1} generations, with the smallest and the largest. Speed-up is against one worker."
+            f"{TURNS * (GENERATIONS - 1)} generations, with the smallest and the largest, in {TURNS} runs that took turns. "
+            "Speed-up is against one worker."
         ),
         "",
         "Command: `python -m benchmarks.workers`",
@@ -180,7 +197,7 @@ def table(results: dict[str, Any]) -> str:
             else f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
             f"| {planned:.2f} s | {planned / median:.2f} | | |"
         )
-    same = len({run["adapter"] for run in results["runs"]}) == 1
+    same = len({adapter for run in results["runs"] for adapter in run["adapters"]}) == 1
     lines += ["", f"All runs ended in the same adapter, bit for bit: {'yes' if same else 'NO'}."]
     lines += [
         "",
@@ -211,7 +228,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder / "model")
         with_lora(model).save_pretrained(folder / "adapter")
         del model
-        results: dict[str, Any] = {"plan": plan(folder), "runs": [measure(folder, workers) for workers in (0, 1, 2)]}
+        results: dict[str, Any] = {"plan": plan(folder), "runs": measure_in_turns(folder)}
         results["traffic"] = traffic(folder)
         text = table(results)
     RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

@@ -120,12 +120,12 @@ class Search:
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         """Learn from the rewards of the candidates, float64 [members, prompts or 1], or what `condensed` makes of them."""
+        self._asked = None
         self.strategy.tell(generation, self.condensed(rewards), score)
         if self.strategy.mean is not None:
             self.space.parameters[0].copy_(torch.from_numpy(self.strategy.mean))
             self.space.moved()
         self.generation = generation + 1
-        self._asked = None
 
     def condensed(self, rewards: np.ndarray) -> np.ndarray:
         """What the strategy needs of rewards; the same again if given that."""

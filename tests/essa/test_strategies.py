@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import warnings
+
+import cma
 import numpy as np
 import pytest
 import threadpoolctl
@@ -152,6 +156,41 @@ def test_goes_on_when_all_rewards_are_equal(name):
 def test_cma_draws_from_the_noise_contract(name):
     noise = essa_kernels.gaussian((16, DIM), essa_kernels.NoiseKey(2**63 + 5, 0, STRATEGY_SITE))
     np.testing.assert_allclose(build(name).ask(0), 0.3 * noise.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("population", [5, 64])  # pycma adapts the step size in two ways
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_cma_is_pycma_bit_for_bit(diagonal, population):
+    ours = CMA(dim=DIM, population_size=population, seed=3, diagonal=diagonal)
+    options = {"popsize": population, "CMA_diagonal": diagonal, "CMA_mirrors": 0, "verbose": -9, "seed": float("nan")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = cma.CMAEvolutionStrategy(np.zeros(DIM), 0.3, {**options, "randn": ours._randn})
+    for generation in range(40):
+        points = plain.ask()
+        assert np.array_equal(ours.ask(generation), np.array(points, dtype=np.float32))
+        losses = [((point - 1) ** 2).sum() for point in points]
+        plain.tell(points, losses)
+        ours.tell(generation, -np.array(losses)[:, None], no_score)
+        assert np.array_equal(ours.mean, plain.mean) and ours.sigma == plain.sigma
+
+
+@pytest.mark.parametrize("population", [64, 512])
+def test_cma_keeps_its_candidates_once_and_only_until_told(population, dim=512):
+    tracemalloc.start()
+    try:
+        strategy = CMA(dim=dim, population_size=population, seed=3, diagonal=True)
+        candidates = 8 * dim * population
+        before = tracemalloc.get_traced_memory()[0]
+        for generation in range(4):
+            asked = strategy.ask(generation)
+            taken = tracemalloc.get_traced_memory()[0] - before
+            assert taken < asked.nbytes + 1.3 * candidates
+            del asked
+            strategy.tell(generation, np.random.default_rng(generation).random((population, 1)), no_score)
+            assert tracemalloc.get_traced_memory()[0] - before < 0.5 * candidates
+    finally:
+        tracemalloc.stop()
 
 
 def test_per_completion_draws_mirrored_pairs():

@@ -57,24 +57,35 @@ class CMA:
         return float(self._search.sigma)
 
     def ask(self, generation: int) -> np.ndarray:
-        if generation != self._generation:
-            raise ValueError(f"generation: got {generation}, expected {self._generation}")
-        if self._candidates is None:
-            with one_blas_thread():
-                self._candidates = self._search.ask()
-        return np.array(self._candidates, dtype=np.float32)
+        return np.array(self._asked(generation), dtype=np.float32)
 
     def condense(self, rewards: np.ndarray) -> np.ndarray:
         return check_rewards(rewards, self.population_size).mean(axis=1, keepdims=True)
 
     def tell(self, generation: int, rewards: np.ndarray, score: Score) -> None:
         # pycma's own stopping criteria are never asked: with few prompts, equal rewards are common and mean nothing.
-        self.ask(generation)
+        candidates = self._asked(generation)
         fitness = self.condense(rewards)[:, 0]
         with one_blas_thread():
-            self._search.tell(self._candidates, list(-fitness))
+            self._search.tell(candidates, list(-fitness))
+        self._let_go(candidates)
         self._candidates = None
         self._generation += 1
+
+    def _asked(self, generation: int) -> list[np.ndarray]:
+        if generation != self._generation:
+            raise ValueError(f"generation: got {generation}, expected {self._generation}")
+        if self._candidates is None:
+            with one_blas_thread():
+                self._candidates = self._search.ask()
+            self._search.ary = None  # as large as they are
+        return self._candidates
+
+    def _let_go(self, candidates: list[np.ndarray]) -> None:
+        """Drops the references by which pycma would keep all these candidates during the next evaluation."""
+        candidates.clear()  # its record of the call has this list
+        self._search.pop_sorted = None
+        self._search.best = type(self._search.best)()  # a row of the matrix of all
 
     def _randn(self, rows: int, cols: int) -> np.ndarray:
         return standard_normal((rows, cols), self._seed, self._generation)
