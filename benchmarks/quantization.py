@@ -1,9 +1,10 @@
 """ESSA on quantised bases: memory, tokens/s, and whether the gain survives.
 
-    python -m benchmarks.quantization [--seeds 0 1 2] [--parts demo large]
+    python -m benchmarks.quantization [--seeds 0 1 2] [--parts demo large steered]
 
 The demo's model: from each seed's warm start, on each kind of base, the demo's search; accuracy on the test problems
-before and after. A random model of about 100 M parameters: memory and tokens/s. Kinds of base are measured in turns, so
+before and after. A random model of about 100 M parameters: memory and tokens/s, and, for it knows no right answers, how far a
+short search steers it to tokens of even number, on the prompts it was searched on. Kinds of base are measured in turns, so
 that whatever else the machine does slows all of them.
 `results/quantization.json` keeps the numbers, `.md` the tables.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from essa.checkpoint import Run
 from essa.config import ESSAConfig
 from essa.demo import task
 from essa.demo.run import MAX_NEW_TOKENS, SEARCH, test_accuracy
@@ -44,7 +47,17 @@ LARGE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+PARTS = ("demo", "large", "steered")
 TURNS = 3
+STEERING: dict[str, Any] = {
+    "strategy": "cma-diagonal",
+    "sigma": 0.3,
+    "population_size": 16,
+    "prompts_per_generation": 8,
+    "generations": 12,
+    "max_new_tokens": 8,
+    "row_budget": 128,
+}
 
 
 def demo_run(warm_start: Path, seed: int, quantization: str, dtype: str) -> dict[str, Any]:
@@ -132,27 +145,67 @@ def demo_part(seeds: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def save_large(folder: str) -> int:
+    """Write the random model and a tokenizer for it; how many parameters it has."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **LARGE))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def with_lora(base: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return adapted
+
+
 def large_part() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **LARGE))
-        parameters = sum(p.numel() for p in model.parameters())
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(folder)
+        parameters = save_large(folder)
         models = {}
         for quantization, dtype in KINDS:
             base, tokenizer = load_base(folder, dtype=dtype, quantization=quantization)
             size = weight_bytes(base)
-            adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.02)
-            models[f"{quantization} {dtype}"] = (adapted, tokenizer, size)
+            models[f"{quantization} {dtype}"] = (with_lora(base, 0), tokenizer, size)
         rates = speeds({kind: (m, t) for kind, (m, t, _) in models.items()}, ["1+1=" * 8] * 4, 16, 8)
     return [
         {"base": kind, "parameters": parameters, "bytes": size, "tokens_per_second": rates[kind]}
         for kind, (_, _, size) in models.items()
     ]
+
+
+def share_of_even(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [statistics.mean(token % 2 == 0 for token in tokens) for tokens in completion_ids]
+
+
+def steered_part(seeds: list[int]) -> dict[str, dict[str, list[float]]]:
+    """The share of even tokens before and after a search, for each kind of base."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_large(folder)
+        for seed in seeds:
+            letters = random.Random(seed)
+            prompts = [{"prompt": "".join(letters.choices("0123456789+=", k=16))} for _ in range(8)]
+            for quantization, dtype in KINDS:
+                base, tokenizer = load_base(folder, dtype=dtype, quantization=quantization)
+                args = ESSAConfig(
+                    str(Path(folder, "runs", quantization, dtype, str(seed))), seed=seed, progress=False, **STEERING
+                )
+                model = with_lora(base, seed)
+                trainer = ESSATrainer(model, share_of_even, args, prompts, prompts, processing_class=tokenizer)
+                trainer.train()
+                evaluations = [
+                    r["evaluation"]["reward"] for r in Run.read(args.output_dir).records if "evaluation" in r
+                ]
+                of_kind = shares.setdefault(f"{quantization} {dtype}", {"before": [], "after": []})
+                of_kind["before"].append(evaluations[0])
+                of_kind["after"].append(evaluations[-1])
+                print(quantization, dtype, seed, evaluations, flush=True)
+    return shares
 
 
 def spread(values: list[float]) -> str:
@@ -191,24 +244,32 @@ def tables(results: dict[str, Any]) -> str:
         lines += [
             (
                 f"A random model of {large[0]['parameters'] / 1e6:.0f} M parameters, 16 members x 4 prompts of 32 tokens, 8 new "
-                "tokens, 64 rows to a batch:"
+                "tokens, 64 rows to a batch. Random as it is, no answer of it is right: it is steered to tokens of even number by "
+                f"{STEERING['generations']} generations of {STEERING['population_size']} members x "
+                f"{STEERING['prompts_per_generation']} prompts, always the same, and their share is that on these prompts:"
             ),
             "",
-            "| base | MiB | of float32's | tokens/s |",
-            "|---|---|---|---|",
+            "| base | MiB | of float32's | tokens/s | even tokens before | even tokens after | gain |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in large:
-            lines.append(
+            line = (
                 f"| {row['base']} | {row['bytes'] / 2**20:,.0f} | {row['bytes'] / large[0]['bytes']:.2f} "
-                f"| {row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / exact:.2f}x) |"
+                f"| {row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / exact:.2f}x) "
             )
+            if steered := results.get("steered", {}).get(row["base"]):
+                gain = [after - before for before, after in zip(steered["before"], steered["after"], strict=True)]
+                line += f"| {spread(steered['before'])} | {spread(steered['after'])} | {spread(gain)} |"
+            else:
+                line += "| | | |"
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--parts", nargs="+", default=["demo", "large"], choices=["demo", "large"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -219,6 +280,8 @@ def main() -> None:
         results |= {"demo": demo_part(options.seeds), "seeds": len(options.seeds)}
     if "large" in options.parts:
         results |= {"large": large_part()}
+    if "steered" in options.parts:
+        results |= {"steered": steered_part(options.seeds)}
     path.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(tables(results))
     print(tables(results))
