@@ -61,13 +61,14 @@ def build() -> tuple[Any, Any]:
     return model, load_tokenizer(str(BASE_MODEL))
 
 
-def with_lora(model: Any) -> Any:
+def with_lora(model: Any, target_modules: list[str] = TARGETS, std: float = 0.01) -> Any:
+    """A random adapter of rank 8 that changes what the model computes."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS))
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=target_modules))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
+            torch.nn.init.normal_(parameter, std=std)
     return adapted
 
 
@@ -199,8 +200,8 @@ def table(results: dict[str, Any]) -> str:
     base, loaded = peaks["libraries alone"], peaks["weights"]
     lines = [
         (
-            "Largest resident size of a process, from when its trainer is ready (an ESSA's, after a first generation), random Qwen2 0.5 B in bfloat16, CPU; one "
-            f"generation or step of {ROWS} completions to a batch, prompts of {PROMPT_WORDS} tokens, {NEW_TOKENS} new ones. "
+            "Largest resident size of a process, from when its trainer is ready (an ESSA's, after a first generation), random "
+            f"Qwen2 0.5 B in bfloat16, CPU; one generation or step of {ROWS} completions to a batch, prompts of {PROMPT_WORDS} tokens, {NEW_TOKENS} new ones. "
             "A member of a population answers two prompts; singular values are searched by cma-diagonal, all else by es; of full "
             "weights one member is computed at a time. "
             "GRPO: TRL's trainer without a reference model (beta 0) and without gradient checkpointing. LoRA of rank 8 on all "

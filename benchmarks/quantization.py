@@ -29,9 +29,9 @@ from essa.models import ModelSource, load_base
 from essa.quantization import weight_bytes
 from essa.rollout import generate
 from essa.trainer import ESSATrainer
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.memory import with_lora
 from essa_kernels.nn import SVDLoRA
 
 RESULTS = Path(__file__).parent / "results" / "quantization"
@@ -154,13 +154,9 @@ def save_large(folder: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def with_lora(base: Any, seed: int) -> Any:
+def with_seeded_lora(base: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return adapted
+    return with_lora(base, ["q_proj", "v_proj", "down_proj"], std=0.02).eval()
 
 
 def large_part() -> list[dict[str, Any]]:
@@ -170,7 +166,7 @@ def large_part() -> list[dict[str, Any]]:
         for quantization, dtype in KINDS:
             base, tokenizer = load_base(folder, dtype=dtype, quantization=quantization)
             size = weight_bytes(base)
-            models[f"{quantization} {dtype}"] = (with_lora(base, 0), tokenizer, size)
+            models[f"{quantization} {dtype}"] = (with_seeded_lora(base, 0), tokenizer, size)
         rates = speeds({kind: (m, t) for kind, (m, t, _) in models.items()}, ["1+1=" * 8] * 4, 16, 8)
     return [
         {"base": kind, "parameters": parameters, "bytes": size, "tokens_per_second": rates[kind]}
@@ -195,7 +191,7 @@ def steered_part(seeds: list[int]) -> dict[str, dict[str, list[float]]]:
                 args = ESSAConfig(
                     str(Path(folder, "runs", quantization, dtype, str(seed))), seed=seed, progress=False, **STEERING
                 )
-                model = with_lora(base, seed)
+                model = with_seeded_lora(base, seed)
                 trainer = ESSATrainer(model, share_of_even, args, prompts, prompts, processing_class=tokenizer)
                 trainer.train()
                 evaluations = [
@@ -210,6 +206,12 @@ def steered_part(seeds: list[int]) -> dict[str, dict[str, list[float]]]:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})"
+
+
+def before_after_gain(run: dict[str, Any]) -> str:
+    """Three cells of a table."""
+    gain = [after - before for before, after in zip(run["before"], run["after"], strict=True)]
+    return f"{spread(run['before'])} | {spread(run['after'])} | {spread(gain)}"
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -232,11 +234,10 @@ def tables(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for row in demo:
-            gain = [after - before for before, after in zip(row["before"], row["after"], strict=True)]
             lines.append(
                 f"| {row['base']} | {row['bytes'] / 2**20:.2f} | {row['tokens_per_second']:,.0f} "
-                f"({row['tokens_per_second'] / exact:.2f}x) | {spread(row['before'])} | {spread(row['after'])} "
-                f"| {spread(gain)} | {statistics.mean(row['differing']):.1%} |"
+                f"({row['tokens_per_second'] / exact:.2f}x) | {before_after_gain(row)} "
+                f"| {statistics.mean(row['differing']):.1%} |"
             )
         lines.append("")
     if large := results.get("large"):
@@ -253,16 +254,12 @@ def tables(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for row in large:
-            line = (
+            steered = results.get("steered", {}).get(row["base"])
+            lines.append(
                 f"| {row['base']} | {row['bytes'] / 2**20:,.0f} | {row['bytes'] / large[0]['bytes']:.2f} "
                 f"| {row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / exact:.2f}x) "
+                f"| {before_after_gain(steered) if steered else '| |'} |"
             )
-            if steered := results.get("steered", {}).get(row["base"]):
-                gain = [after - before for before, after in zip(steered["before"], steered["after"], strict=True)]
-                line += f"| {spread(steered['before'])} | {spread(steered['after'])} | {spread(gain)} |"
-            else:
-                line += "| | | |"
-            lines.append(line)
     return "\n".join(lines) + "\n"
 
 

@@ -190,12 +190,10 @@ def table(results: dict[str, Any]) -> str:
         median = statistics.median(run["seconds"])
         planned = seconds_on[max(1, run["workers"])]
         name = str(run["workers"] or "0 (in this process)")
+        network = f"{run['driver_share']:.2%} | {run['bytes_per_worker']:,} |" if run["workers"] else "| |"
         lines.append(
             f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
-            f"| {planned:.2f} s | {planned / median:.2f} | {run['driver_share']:.2%} | {run['bytes_per_worker']:,} |"
-            if run["workers"]
-            else f"| {name} | {median:.2f} ({min(run['seconds']):.2f} - {max(run['seconds']):.2f}) | {alone / median:.2f}x "
-            f"| {planned:.2f} s | {planned / median:.2f} | | |"
+            f"| {planned:.2f} s | {planned / median:.2f} | {network}"
         )
     same = len({adapter for run in results["runs"] for adapter in run["adapters"]}) == 1
     lines += ["", f"All runs ended in the same adapter, bit for bit: {'yes' if same else 'NO'}."]

@@ -50,15 +50,6 @@ class Report(TrainerCallback):
         return count
 
 
-@contextlib.contextmanager
-def one_thread():
-    """A forked child has the parent's memory but not its threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def in_a_child(trainer, resume: bool) -> int:
     """`trainer.train` in a fork, whose end is nobody else's. Returns its process id."""
     child = os.fork()
@@ -73,38 +64,37 @@ def in_a_child(trainer, resume: bool) -> int:
 
 
 @pytest.mark.parametrize("kills", [15, pytest.param(220, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_lose_nothing_but_the_generation_in_flight(make_trainer, seed, kills):
+def test_kills_at_random_moments_lose_nothing_but_the_generation_in_flight(make_trainer, one_thread, seed, kills):
     """The adapter is written after every generation, so kills fall into its writing too."""
     rng = random.Random(seed)
     settings = {**TINY, "generations": 6 * kills, "save_steps": 1}
-    with one_thread():
-        whole = make_trainer("whole", **settings)
-        whole.train()
-        report = Report()
-        trainer = make_trainer("killed", **settings, callbacks=[report])
-        folder = Path(trainer.args.output_dir)
-        killed = told = 0
-        started = time.monotonic()
-        while killed < kills:
-            child = in_a_child(trainer, resume=(folder / "run.json").exists())
-            # The first moments after the resumed search's first generation, or while it is being resumed.
-            select.select([report.reading], [], [], rng.choice([0.02, 5.0]))
-            time.sleep(rng.uniform(0.0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            told += report.drain()
-            if os.WIFEXITED(status):
-                assert os.WEXITSTATUS(status) == 0
-                break
-            killed += 1
-            if (folder / "run.json").exists():
-                done = generations(folder)
-                assert done >= told, "a generation that was told is in the history"
-                told = done
-            if (folder / "adapter").exists():
-                load_file(folder / "adapter" / "adapter_model.safetensors")
-        print(f"{killed} kills in {time.monotonic() - started:.1f} s, {told} generations")
-        trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    report = Report()
+    trainer = make_trainer("killed", **settings, callbacks=[report])
+    folder = Path(trainer.args.output_dir)
+    killed = told = 0
+    started = time.monotonic()
+    while killed < kills:
+        child = in_a_child(trainer, resume=(folder / "run.json").exists())
+        # The first moments after the resumed search's first generation, or while it is being resumed.
+        select.select([report.reading], [], [], rng.choice([0.02, 5.0]))
+        time.sleep(rng.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        told += report.drain()
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        killed += 1
+        if (folder / "run.json").exists():
+            done = generations(folder)
+            assert done >= told, "a generation that was told is in the history"
+            told = done
+        if (folder / "adapter").exists():
+            load_file(folder / "adapter" / "adapter_model.safetensors")
+    print(f"{killed} kills in {time.monotonic() - started:.1f} s, {told} generations")
+    trainer.train(resume_from_checkpoint=True)
     assert killed == kills
     assert adapter(folder) == adapter(whole.args.output_dir)
     assert generations(folder) == settings["generations"]
@@ -149,33 +139,32 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(make_trainer, small_di
     assert adapter(trainer.args.output_dir) == adapter(whole.args.output_dir)
 
 
-def test_a_write_that_is_cut_short_leaves_a_history_that_can_be_resumed(make_trainer):
+def test_a_write_that_is_cut_short_leaves_a_history_that_can_be_resumed(make_trainer, one_thread):
     """The same on any system: files may not grow beyond a limit, which a line of the history meets halfway."""
     settings = {**TINY, "generations": 4}
-    with one_thread():
-        whole = make_trainer("whole", **settings)
-        whole.train()
-        trainer = make_trainer(**settings)
-        child = os.fork()
-        if child == 0:
-            line = len(Path(whole.args.output_dir, HISTORY_FILE).read_bytes()) // 4
-            identity = len(Path(whole.args.output_dir, "run.json").read_bytes())
-            limit = 2 * line + line // 2
-            status = 1
-            try:
-                trainer._open_run(None).close()
-                assert identity
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                trainer._open_run = lambda resume: _opened_as_it_is(trainer)
-                trainer.train(resume_from_checkpoint=True)
-            except SaveError:
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
-        assert generations(trainer.args.output_dir) == 2
-        assert not Path(trainer.args.output_dir, HISTORY_FILE).read_bytes().endswith(b"\n"), "the third line is torn"
-        trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    trainer = make_trainer(**settings)
+    child = os.fork()
+    if child == 0:
+        line = len(Path(whole.args.output_dir, HISTORY_FILE).read_bytes()) // 4
+        identity = len(Path(whole.args.output_dir, "run.json").read_bytes())
+        limit = 2 * line + line // 2
+        status = 1
+        try:
+            trainer._open_run(None).close()
+            assert identity
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            trainer._open_run = lambda resume: _opened_as_it_is(trainer)
+            trainer.train(resume_from_checkpoint=True)
+        except SaveError:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert generations(trainer.args.output_dir) == 2
+    assert not Path(trainer.args.output_dir, HISTORY_FILE).read_bytes().endswith(b"\n"), "the third line is torn"
+    trainer.train(resume_from_checkpoint=True)
     assert adapter(trainer.args.output_dir) == adapter(whole.args.output_dir)
 
 

@@ -14,7 +14,7 @@ import pytest
 from essa.checkpoint import HISTORY_FILE, RUN_FILE, Run
 
 from .ray_workers import replicas
-from .test_faults import adapter, generations, in_a_child, one_thread
+from .test_faults import adapter, generations, in_a_child
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray", allow_module_level=True)
@@ -44,7 +44,7 @@ def wait_until(condition, driver: int) -> None:
 
 
 @pytest.mark.slow
-def test_kills_of_workers_and_drivers_at_random_moments_do_not_show_in_the_result(make_trainer, seed):
+def test_kills_of_workers_and_drivers_at_random_moments_do_not_show_in_the_result(make_trainer, one_thread, seed):
     rng = random.Random(seed)
     victims = ["driver"] * DRIVERS + ["worker"] * WORKERS
     rng.shuffle(victims)
@@ -56,28 +56,27 @@ def test_kills_of_workers_and_drivers_at_random_moments_do_not_show_in_the_resul
     def start() -> int:
         return in_a_child(trainer, resume=(folder / RUN_FILE).exists())
 
-    with one_thread():
-        whole.train()
-        started, driver = time.monotonic(), start()
-        try:
-            for victim in victims:
-                told = lines(folder) + rng.randrange(PACE)
-                wait_until(lambda told=told: lines(folder) >= told, driver)
-                time.sleep(rng.uniform(0.0, 0.3))
-                if victim == "worker":
-                    wait_until(lambda driver=driver: replicas(driver), driver)
-                    os.kill(rng.choice(replicas(driver)), signal.SIGKILL)
-                    continue
-                told = lines(folder)
-                os.kill(driver, signal.SIGKILL)
-                os.waitpid(driver, 0)
-                assert not (folder / RUN_FILE).exists() or generations(folder) >= told
-                driver = start()
-            _, status = os.waitpid(driver, 0)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(driver, signal.SIGKILL)
-            raise
+    whole.train()
+    started, driver = time.monotonic(), start()
+    try:
+        for victim in victims:
+            told = lines(folder) + rng.randrange(PACE)
+            wait_until(lambda told=told: lines(folder) >= told, driver)
+            time.sleep(rng.uniform(0.0, 0.3))
+            if victim == "worker":
+                wait_until(lambda driver=driver: replicas(driver), driver)
+                os.kill(rng.choice(replicas(driver)), signal.SIGKILL)
+                continue
+            told = lines(folder)
+            os.kill(driver, signal.SIGKILL)
+            os.waitpid(driver, 0)
+            assert not (folder / RUN_FILE).exists() or generations(folder) >= told
+            driver = start()
+        _, status = os.waitpid(driver, 0)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(driver, signal.SIGKILL)
+        raise
     print(f"{DRIVERS} drivers and {WORKERS} workers killed in {time.monotonic() - started:.1f} s")
     assert os.waitstatus_to_exitcode(status) == 0
     assert adapter(folder) == adapter(whole.args.output_dir)
